@@ -1,0 +1,406 @@
+"""Algorithm 1 as one top-to-bottom loop: FP32, AdamW, a shrinking budget, checkpoints, resume.
+
+    python train.py                                             # gates on the embedded model, minutes on a laptop
+    python train.py --preset llama-3.2-1b --data train.jsonl    # Table 15 of the paper, one H100
+
+At the end it calibrates the frozen thresholds and prints what each budget costs on held-out problems.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import batch_at, collate, encode_all, hold_out, load_examples
+from gates import GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss, thresholds_at
+from generate import generate, pick_device
+from load_weights import load_model, load_tokenizer, new_model, save_config, save_model
+
+# The defaults of the flags are Table 15 of the paper; a preset changes what its model needs.
+PRESETS = {
+    "tiny": dict(model="examples/tiny-llama", data="arithmetic", steps=600, batch_size=32, seq_len=160, lr=1e-3, warmup=50),
+    "llama-3.2-1b": dict(model="meta-llama/Llama-3.2-1B"),
+    "llama-3.2-3b": dict(model="meta-llama/Llama-3.2-3B", checkpoint_activations=True),
+    "llama-3.1-8b": dict(model="meta-llama/Llama-3.1-8B", checkpoint_activations=True, freeze_backbone=True, lr=1e-4),
+    "gemma-2-2b": dict(model="google/gemma-2-2b", checkpoint_activations=True),
+}
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)            # calibrated as far down as training went
+NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every")   # flags that a resumed run may change
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description="Fine-tune a model with residual gates (Algorithm 1).",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--preset", choices=PRESETS, help="flag defaults for a model; tiny if neither --model nor --init-config is given")
+    # input and output
+    add("--model", help="folder, a run's --out, or hub id")
+    add("--init-config", metavar="FILE", help="start from scratch with this config.json (and the tokenizer.json beside it)")
+    add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
+    add("--eval-data", help="file for the table at the end; default: problems held out from --data")
+    add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
+    add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
+    add("--resume", action="store_true", help="go on with the run in --out (same flags)")
+    add("--overwrite", action="store_true", help="delete the run in --out first")
+    add("--dry-run", action="store_true", help="say what would be done, what it needs, and stop")
+    # optimisation
+    add("--steps", type=int, default=15493)
+    add("--batch-size", type=int, default=1, help="sequences per forward pass; one quantile ranks all their tokens")
+    add("--grad-accum", type=int, default=1, help="forward passes per step")
+    add("--seq-len", type=int, default=4096, help="longer examples are dropped and counted")
+    add("--lr", type=float, default=3e-6, help="peak learning rate; cosine to 0")
+    add("--warmup", type=int, default=1000, help="steps of linear warm-up")
+    add("--seed", type=int, default=1)
+    # the paper
+    add("--schedule", choices=("linear", "uniform"), default="linear", help="budget: Algorithm 1's decay, or drawn anew each step")
+    add("--budget-start", type=float, default=1.0)
+    add("--budget-end", type=float, default=0.8)
+    add("--sparsity-weight", type=float, default=0.1, help="lambda")
+    add("--sparsity-loss", choices=("l2", "l1", "l2_norm", "kl"), default="l2")
+    add("--gate", choices=("vector", "scalar", "none"), default="vector", help="none: plain fine-tuning of the dense model")
+    add("--gate-arch", choices=("linear", "mlp", "lowrank"), default="linear")
+    add("--gate-rank", type=int, default=0, help="of lowrank; 0: 16 where the model is at least 1024 wide, else width / 16")
+    add("--gate-shared", action="store_true", help="one attention and one MLP gate for all layers")
+    add("--gate-input", choices=("normed", "residual"), default="normed")
+    add("--gate-placement", choices=("after", "before"), default="after")
+    add("--gate-detach", action="store_true", help="no gradient into the backbone through the gate's input")
+    add("--skip", choices=GRANULARITIES, default="all", help="which branches may be skipped")
+    add("--kv", choices=("copy_up", "dense"), default="copy_up", help="K and V of a skipped token")
+    add("--freeze-backbone", action="store_true", help="train the gates only")
+    # machine
+    add("--compute", choices=("masked", "compact"), default="masked", help="run every row and select, or gather the kept rows")
+    add("--checkpoint-activations", action="store_true", help="recompute each block in the backward pass: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile (masked only)")
+    add("--tf32", action="store_true", help="let the GPU round matrix products to TF32")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone; gates stay float32")
+    chosen, _ = p.parse_known_args(argv)
+    preset = chosen.preset or ("tiny" if not chosen.model and not chosen.init_config else None)
+    p.set_defaults(preset=preset, **PRESETS.get(preset, {}))
+    args = p.parse_args(argv)
+
+    for name in ("budget_start", "budget_end"):
+        check_budget(getattr(args, name))
+    if args.budget_end > args.budget_start:
+        raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
+    for name in ("steps", "batch_size", "grad_accum", "save_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not (math.isfinite(args.lr) and args.lr > 0 and math.isfinite(args.sparsity_weight) and args.sparsity_weight >= 0 and args.warmup >= 0):
+        raise InputError("--lr must be positive, --sparsity-weight and --warmup at least 0, all finite")
+    if args.init_config and "--model" in argv:
+        raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
+    if args.data is None:
+        raise InputError("--data is missing: a .jsonl, .parquet or .txt file, or the word arithmetic")
+    if args.freeze_backbone and args.gate == "none":
+        raise InputError("--freeze-backbone with --gate none leaves nothing to train")
+    if args.compile and args.compute == "compact":
+        raise InputError("--compile needs static shapes: use --compute masked")
+    if args.resume and args.overwrite:
+        raise InputError("--resume keeps the run in --out and --overwrite deletes it: give one of them")
+    return args
+
+
+def learning_rate(step, total, peak, warmup):
+    """Linear warm-up, then cosine from peak to 0, clamped there (the authors' schedule rises again). step from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run on disk: --out holds step-000500/, the one-line file `latest`, and metrics.jsonl
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
+    """Write out/step-NNNNNN under a temporary name, rename it, point `latest` to it, then delete older ones.
+
+    A kill at any instant, or a full disk (OSError), leaves the last good state.
+    """
+    final, temporary = out / f"step-{step:06d}", out / f".step-{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_model(model, temporary, tokenizer)
+        torch.save({"step": step, "settings": settings, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
+                   temporary / "train_state.pt")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    (out / "latest.tmp").write_text(final.name + "\n")
+    os.replace(out / "latest.tmp", out / "latest")
+    for old in out.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def open_run(args, settings):
+    """Refuse, clean or continue --out. Returns the loaded train_state of a resumed run, else None."""
+    out = Path(args.out)
+    if args.resume:
+        if not (out / "latest").is_file():
+            raise InputError(f"--resume: {out} holds no run that has saved; leave --resume out to start one")
+        path = out / (out / "latest").read_text().strip() / "train_state.pt"
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        different = [f"--{key.replace('_', '-')} {settings[key]} (was {old})" for key, old in state["settings"].items()
+                     if settings.get(key) != old]
+        if different:
+            raise InputError(f"--resume: {out} was started with other settings: {', '.join(different)}")
+        lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]           # cut back to the checkpoint
+        (out / "metrics.tmp").write_text("".join(line + "\n" for line in lines))
+        os.replace(out / "metrics.tmp", out / "metrics.jsonl")
+        return state
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file")
+    if out.is_dir() and any(out.iterdir()):
+        if not args.overwrite:
+            raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
+        if not any((out / name).exists() for name in ("latest", "metrics.jsonl")):
+            raise InputError(f"--overwrite: {out} does not look like a run (no latest, no metrics.jsonl); delete it yourself")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def plot_metrics(out, name="metrics.png"):
+    """out/metrics.jsonl as curves."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for axis, keys, title in zip(axes, (("loss", "ce"), ("gate_mean",), ("budget", "kept")),
+                                 ("loss", "mean gate", "share of (token, branch) pairs")):
+        for key in keys:
+            values = [1 - r["skipped"] if key == "kept" else r[key] for r in rows]
+            style = dict(linewidth=0, marker=".", markersize=3) if title.startswith("share") else dict(linewidth=1)
+            axis.plot([r["step"] for r in rows], values, label={"ce": "cross-entropy"}.get(key, key.replace("_", " ")), **style)
+        axis.set(xlabel="step", title=title)
+        axis.legend()
+    axes[0].set_yscale("log")
+    figure.savefig(out / name, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out problems
+# ---------------------------------------------------------------------------------------------------------------------
+
+def answer_places(input_ids, loss_mask):
+    """Where the answer's tokens are predicted: flat places b * S + s (N,), and the ids that follow there (N,)."""
+    places = loss_mask[:, 1:].nonzero()                          # (N, 2): token s+1 is to be predicted at s
+    return places[:, 0] * input_ids.shape[1] + places[:, 1], input_ids[:, 1:][loss_mask[:, 1:]]
+
+
+@torch.no_grad()
+def evaluate(model, items, policy, batch_size=16):
+    """(answer loss, token accuracy, savings report) of teacher-forced items, in compact mode."""
+    device, savings, loss, right, count = next(model.parameters()).device, Savings(model.config), 0.0, 0, 0
+    for start in range(0, len(items), batch_size):
+        input_ids, loss_mask, valid = collate(items[start:start + batch_size])       # (B, S) each
+        places, targets = answer_places(input_ids, loss_mask)
+        logits, trace = model(input_ids.to(device), valid=None if valid.all() else valid.to(device), policy=policy,
+                              compute="compact", logits=places.to(device))           # (N, V)
+        targets = targets.to(device)
+        loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        right += (logits.argmax(-1) == targets).sum().item()
+        count += len(targets)
+        savings.add(trace)
+    return loss / count, right / count, savings.report()
+
+
+def prompt_of(item):
+    """The part of an item that the model is to continue: up to the answer, or half of a plain text."""
+    ids, mask = item
+    start = mask.index(True)
+    return ids[:start] if start > 1 else ids[:max(1, len(ids) // 2)]
+
+
+def finish(model, args, sets, out, step, say):
+    """Calibrate, store the thresholds in the last checkpoint, and print what each budget costs."""
+    config = model.config
+    budgets = [1.0]
+    if config.gate is not None:
+        eos = set(config.eos_ids)
+
+        def realised(policy, items=sets["calibration"]):
+            return generate(model, [prompt_of(i) for i in items], 96, policy, eos).savings["skipped"]
+
+        budgets += [b for b in BUDGETS if b >= args.budget_end - 1e-9]
+        print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
+        result = calibrate(model, [ids for ids, _ in sets["calibration"]], budgets, args.skip, args.kv, realised, say=say)
+        config.gateskip.update(result, step=step)
+        save_config(model, out / (out / "latest").read_text().strip())
+        checked = [f"{1 - b:.0%} -> {realised(frozen_policy(config, b), sets['check']):.1%}" for b in budgets[1:]]
+        print("skipped on a second held-out set, asked -> realised: " + ", ".join(checked))
+
+    print(f"\n{len(sets['eval'])} held-out problems, thresholds frozen, answers given (not generated)\n")
+    print("budget   answer loss   token accuracy   skipped   macs_saved   random skipping, same share: answer loss")
+    for budget in budgets:
+        policy = frozen_policy(config, budget) if budget < 1.0 else SkipPolicy(skip=args.skip, kv=args.kv)
+        loss, accuracy, saved = evaluate(model, sets["eval"], policy)
+        row = f"{budget:6.2f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['macs_saved']:10.1%}"
+        if budget < 1.0:
+            share = saved["skipped"] / policy.skippable_share(config.num_hidden_layers)
+            chance = SkipPolicy("random", max(1.0 - share, 1e-3), args.skip, args.kv, generator=torch.Generator().manual_seed(args.seed))
+            row += f"   {evaluate(model, sets['eval'], chance)[0]:11.4f}"
+        print(row)
+
+
+def frozen_policy(config, budget):
+    """The frozen SkipPolicy of a calibrated model at a budget."""
+    stored = config.gateskip
+    return SkipPolicy("frozen", budget, stored["skip"], stored["kv"], thresholds=thresholds_at(stored["thresholds"], budget))
+
+
+def load_sets(args, tokenizer, eos_id):
+    """{"train", "calibration", "check", "eval"}: lists of (ids, loss_mask), disjoint. Says what was dropped."""
+    if args.data == "arithmetic":
+        held = load_examples("arithmetic", "calibration", 128, args.seed)
+        texts = {"train": load_examples("arithmetic", "train", min(args.steps * args.batch_size * args.grad_accum, 200_000), args.seed),
+                 "calibration": held[:64], "check": held[64:], "eval": load_examples("arithmetic", "test", 200, args.seed)}
+    else:
+        names = ("train", "calibration", "check") + (() if args.eval_data else ("eval",))
+        texts = dict(zip(names, hold_out(load_examples(args.data), *(64,) * (len(names) - 1))))
+    if args.eval_data:
+        texts["eval"] = load_examples(args.eval_data, "test", 200, args.seed)
+    sets, dropped = {}, 0
+    for name, examples in texts.items():
+        sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
+        dropped += n
+    note = f"; {dropped} longer than --seq-len {args.seq_len} left out" if dropped else ""
+    print("data: " + ", ".join(f"{len(items)} {name}" for name, items in sets.items()) + note)
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    device, dtype = pick_device(args.device, args.dtype, args.tf32)
+    torch.manual_seed(args.seed)
+    gate = None
+    if args.gate != "none":
+        gate = GateConfig(args.gate, args.gate_arch, args.gate_rank, args.gate_shared, args.gate_input, args.gate_placement, args.gate_detach)
+    if args.dry_run:
+        return dry_run(args, gate)
+
+    # open the run, load model and data
+    out = Path(args.out)
+    state = open_run(args, settings)
+    if args.resume:
+        model, tokenizer = load_model(out, device=device, dtype=dtype), load_tokenizer(out)
+    elif args.init_config:
+        model, tokenizer = new_model(args.init_config, gate, device, dtype), load_tokenizer(Path(args.init_config).parent)
+    else:
+        model, tokenizer = load_model(args.model, gate, device, dtype), load_tokenizer(args.model)
+    config = model.config
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {config.vocab_size}: they do not belong together")
+    if not config.eos_ids:
+        raise InputError("config.json and generation_config.json name no eos_token_id: training needs a token that ends an answer")
+    if args.seq_len > config.max_position_embeddings:
+        raise InputError(f"--seq-len {args.seq_len} exceeds the model's {config.max_position_embeddings} positions")
+    sets = load_sets(args, tokenizer, config.eos_ids[0])
+    if gate is not None:
+        config.gateskip.update(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end, schedule=args.schedule)
+
+    # AdamW, Table 15
+    for name, p in model.named_parameters():
+        p.requires_grad_("_gate." in name or not args.freeze_backbone)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.001)
+    first = 0
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        first = state["step"]
+    n_gates = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name)
+    n_all = sum(p.numel() for p in model.parameters())
+    print(f"model: {n_all:,} parameters, {n_gates:,} of them gates; {sum(p.numel() for p in trained):,} are trained; "
+          f"step {first} of {args.steps}, out {out}")
+
+    stop = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(True))       # Ctrl-C: finish the step, save, leave
+    run = torch.compile(model) if args.compile else model
+    model.train()
+    metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=0.5)
+    for step in bar:                                                            # line 1
+        b = budget_at(step, args.steps, args.budget_start, args.budget_end, args.schedule, args.seed)     # line 3
+        policy = SkipPolicy("none" if gate is None else "batch", b, args.skip, args.kv)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+
+        picked = [sets["train"][i] for i in batch_at(len(sets["train"]), args.batch_size * args.grad_accum, args.seed, step)]   # line 2
+        answer_tokens = sum(sum(mask) for _, mask in picked)
+        totals = torch.zeros(5, device=device)                                  # ce, sparsity, gate sum, kept, pairs
+        for start in range(0, len(picked), args.batch_size):
+            input_ids, loss_mask, valid = collate(picked[start:start + args.batch_size])                  # (B, S) each
+            places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))                 # (N,), (N,)
+            valid = None if valid.all() else valid.to(device)
+            logits, trace = run(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,   # lines 4-16
+                                logits=places, checkpoint_blocks=args.checkpoint_activations)             # (N, V)
+            ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens                # line 17: L_CE
+            sparsity = ce.new_zeros(())
+            if gate is not None:
+                sparsity = sparsity_loss(trace.gates, valid, args.sparsity_loss, b) / args.grad_accum     # line 18: L_S
+            (ce + args.sparsity_weight * sparsity).backward()                                             # line 19
+            with torch.no_grad():
+                keep = torch.stack(trace.keep)                                                            # (2L, B, S)
+                score = torch.stack(trace.scores).where(trace.valid, 0.0).sum() if gate is not None else keep.sum()
+                totals += torch.stack([ce, sparsity, score.float(), keep.sum().float(), trace.valid.sum().float() * len(keep)])
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        ce, sparsity, score, kept, pairs = totals.tolist()                      # the one host synchronisation of a step
+        row = {"step": step, "loss": ce + args.sparsity_weight * sparsity, "ce": ce, "sparsity": sparsity,
+               "gate_mean": score / pairs, "budget": b, "skipped": 1 - kept / pairs, "lr": optimizer.param_groups[0]["lr"]}
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+        bar.set_postfix_str(f"loss {row['loss']:.3f} ce {ce:.3f} gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}")
+        if not math.isfinite(row["loss"]):
+            raise InputError(f"the loss is {row['loss']} at step {step}: lower --lr; the last checkpoint is untouched")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
+            save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
+        if stop and step + 1 < args.steps:
+            bar.close()
+            print(f"stopped after step {step + 1}; saved in {out}. Go on with the same command and --resume")
+            return 130
+    metrics.close()
+    signal.signal(signal.SIGINT, previous)
+
+    plot_metrics(out)
+    model.eval()
+    finish(model, args, sets, out, args.steps, say=print)
+    print(f"\nsaved in {out}; try: python generate.py --model {out} --show-compute --question \"...\"")
+    return 0
+
+
+def dry_run(args, gate):
+    raise InputError("not yet")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
