@@ -7,7 +7,7 @@ In every mask True means kept and False means skipped.
 Shapes: B batch, S sequence, H hidden, L layers.
 """
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -425,12 +425,7 @@ class Savings:
         self.calls += 1
 
     def report(self):
-        """dict of the three numbers (floats) and the MACs behind the last; one host synchronisation."""
+        """dict of the three numbers (floats) and the sums behind them; one host synchronisation."""
         kept, pairs, per_call, run, dense = self.sums.tolist()
-        return {"skipped": 1 - kept / pairs, "skipped_per_call": per_call / self.calls,
-                "macs_saved": 1 - run / dense, "macs": run, "macs_dense": dense}
-
-
-def gate_settings(config):
-    """GateConfig -> the dict that is stored in config.json and that a calibration must match."""
-    return None if config is None else asdict(config)
+        return {"skipped": 1 - kept / pairs, "skipped_per_call": per_call / self.calls, "macs_saved": 1 - run / dense,
+                "calls": self.calls, "pairs": pairs, "macs": run, "macs_dense": dense}

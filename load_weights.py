@@ -2,12 +2,14 @@
 
 A checkpoint is a Hugging Face folder: config.json (theirs, plus a "gateskip" object), model.safetensors or its shards,
 tokenizer.json. Parameter names are the same on both sides, so loading is a check and not a translation: every key is
-used, every parameter is filled, every shape is compared by name.
+used, every parameter is filled, every shape is compared by name. What does not fit is an InputError of one line.
 """
 import json
+import math
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from gates import GateConfig, InputError
+from gates import GateConfig, InputError, SkipPolicy, check_budget
 from model import Model, ModelConfig
 
 SUPPORTED = ("LlamaForCausalLM", "Gemma2ForCausalLM")
@@ -28,49 +30,51 @@ SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
 def find_folder(source):
-    """source -> Path of a folder with config.json. source: such a folder, a run's --out (its `latest`), or a hub id.
-
-    From the hub only the needed files are fetched, safetensors only, with huggingface_hub's own token and cache.
-    InputError in one line otherwise.
-    """
+    """source -> Path of a folder with config.json. source: such a folder, a run's --out (its `latest`), or a hub id."""
     path = Path(source)
-    if path.is_dir():
-        if (path / "latest").is_file():
-            path = path / (path / "latest").read_text().strip()
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path} has no config.json: not a model folder (a run that has not saved yet has none)")
-        return path
-    if path.exists():
-        raise InputError(f"{source} is a file: --model takes a folder, a run's --out, or a hub id like meta-llama/Llama-3.2-1B")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
-        raise InputError(f"no folder {source}, and that is no hub id either (owner/name, like meta-llama/Llama-3.2-1B)")
-    return _download(str(source))
+    if not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+        path = _download(str(source))
+    if not path.is_dir():
+        raise InputError(f"{source} {'is a file' if path.exists() else 'does not exist'}: "
+                         f"give a folder, a run's --out, or a hub id like meta-llama/Llama-3.2-1B")
+    latest = path / "latest"
+    if latest.is_file() and not (path / "config.json").is_file():        # a model folder may hold a `latest` of DeepSpeed's
+        path = path / latest.read_text(errors="replace").strip()
+        if not path.is_dir():
+            raise InputError(f"{latest} names {path.name!r}, which is not there: write the name of a step folder into it")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} has no config.json: it is no model folder, or a run that has not saved yet")
+    return path
 
 
 def _download(repo):
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    """The needed files only, safetensors only, with huggingface_hub's own token and cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    files, problem = ["config.json", "tokenizer.json", "model.safetensors*", "model-*.safetensors", *SIDE_FILES], None
+    try:                                                         # snapshot_download alone would wait for ever
+        HfApi().model_info(repo, timeout=10)                     # for a hub that never answers
+    except Exception as error:  # of many kinds (httpx's have no common base); the cache may still have the model
+        problem = error
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "tokenizer.json", "model.safetensors.index.json",
-                                                              "model.safetensors", "model-*.safetensors", *SIDE_FILES]))
-    except GatedRepoError:
-        raise InputError(f"{repo} is gated: accept its licence on its hub page, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise InputError(f"no folder {repo}, and no such model on the hub (or it is private: run `hf auth login`)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"no folder {repo}, and the hub could not be reached for it ({reason}): "
-                         f"check the network, or give a local folder") from None
-    if not (folder / "config.json").is_file():
-        raise InputError(f"hub model {repo} has no config.json")
-    return folder
+        return Path(snapshot_download(repo, allow_patterns=files, local_files_only=problem is not None))
+    except Exception as error:
+        problem = problem or error
+    if isinstance(problem, GatedRepoError):
+        why = "its hub model is gated: accept the licence on its page, then run `hf auth login`"
+    elif isinstance(problem, RepositoryNotFoundError):
+        why = "no such model on the hub (or it is private: run `hf auth login`)"
+    else:
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
+        why = f"the hub did not deliver it ({reason}): check the network, or give a local folder"
+    raise InputError(f"no folder {repo} here, and {why}")
 
 
 def read_json(path):
     """A JSON object from a file; InputError naming the file if it is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -82,62 +86,92 @@ def read_json(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def config_from_hf(raw, name="config.json"):
-    """Hugging Face's config dict -> ModelConfig. Reads both styles: rope_theta + rope_scaling, and rope_parameters."""
-    architecture = (raw.get("architectures") or [None])[0]
-    if architecture not in SUPPORTED:
-        raise InputError(f"{name}: architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}")
+    """Hugging Face's config dict -> ModelConfig. Reads both styles: rope_theta + rope_scaling, and rope_parameters.
+
+    Absent and null fields get transformers' defaults; what this decoder cannot compute is refused, never ignored.
+    """
+    kinds = {int: "a positive integer", float: "a positive number", bool: "true or false", dict: "a JSON object", list: "a list"}
+
+    def get(key, kind=int, default=None, of=raw):
+        value = default if of.get(key) is None else of[key]
+        if type(value) not in (kind, int if kind is float else kind) or kind in (int, float) and not 0 < value < math.inf:
+            raise InputError(f"{name}: {key} is {'missing' if value is None else f'{value!r:.60}'}; it must be {kinds[kind]}")
+        return value
+
+    def refuse_if(wrong, what):
+        if wrong:
+            raise InputError(f"{name}: {what}")
+
+    architecture = (get("architectures", list, []) or [None])[0]
+    refuse_if(architecture not in SUPPORTED, f"architecture {architecture!r:.60} is not supported; supported: {', '.join(SUPPORTED)}")
     gemma = architecture == "Gemma2ForCausalLM"
-    fields = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    missing = [f for f in fields if not isinstance(raw.get(f), int) or raw[f] < 1]
-    if missing:
-        raise InputError(f"{name}: {', '.join(missing)} missing or not a positive integer")
-    if not raw.get("head_dim") and raw["hidden_size"] % raw["num_attention_heads"]:
-        raise InputError(f"{name}: hidden_size {raw['hidden_size']} is no multiple of num_attention_heads and there is no head_dim")
+    layers, hidden, heads = get("num_hidden_layers"), get("hidden_size"), get("num_attention_heads")
+    kv_heads = get("num_key_value_heads", default=None if gemma else heads)
+    refuse_if(raw.get("head_dim") is None and hidden % heads, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = get("head_dim", default=None if gemma else hidden // heads)
+    refuse_if(heads % kv_heads, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    refuse_if(head_dim % 2, f"head_dim {head_dim} is odd, but rotary positions turn pairs of channels")
 
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": raw.get("rope_theta"), **(get("rope_parameters", dict, {}) or get("rope_scaling", dict, {}))}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if rope_type == "llama3":
+        scaling = {key: get(key, float, of=rope) for key in
+                   ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        refuse_if(scaling["high_freq_factor"] <= scaling["low_freq_factor"], "high_freq_factor must exceed low_freq_factor")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
-    unsupported = {
-        f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-        f"activation {activation!r}": activation != ("gelu_pytorch_tanh" if gemma else "silu"),
-        "attention_bias": raw.get("attention_bias"), "mlp_bias": raw.get("mlp_bias"),
-        "quantization_config": raw.get("quantization_config"),
-        "use_bidirectional_attention": raw.get("use_bidirectional_attention"),
-    }
-    for what, present in unsupported.items():
-        if present:
-            raise InputError(f"{name}: {what} is not supported")
+    for what, present in {f"rope type {rope_type!r:.60}": rope_type not in ("default", "llama3"),
+                          "rope_parameters per layer type": any(isinstance(value, dict) for value in rope.values()),
+                          "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
+                          f"activation {activation!r:.60}": activation != ("gelu_pytorch_tanh" if gemma else "silu"),
+                          "a quantized checkpoint (take the original one): quantization_config": raw.get("quantization_config"),
+                          **{k: raw.get(k) for k in ("attention_bias", "mlp_bias", "use_bidirectional_attention")}}.items():
+        refuse_if(present, f"{what} is not supported")
 
-    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    kv_heads = raw.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise InputError(f"{name}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    windows = None
+    family = {}
     if gemma:
-        types = raw.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-        windows = [raw.get("sliding_window", 4096) if kind == "sliding_attention" else None for kind in types]
-    eos = raw.get("eos_token_id")
-    gateskip = raw.get("gateskip") or {}
-    try:
-        gate = GateConfig(**gateskip["gate"]) if gateskip.get("gate") else None
-    except TypeError as error:
-        raise InputError(f"{name}: \"gateskip\" was written by another version of this project ({error})") from None
+        kinds_of_layer = ("sliding_attention", "full_attention")                 # window on layers 0, 2, 4, ...
+        types = get("layer_types", list, [kinds_of_layer[i % 2] for i in range(layers)])
+        refuse_if(len(types) != layers or any(t not in kinds_of_layer for t in types),
+                  f"layer_types must be a list of {layers}, each one of {', '.join(kinds_of_layer)}")
+        cap = lambda key, default: get(key, float, default) if raw.get(key, default) is not None else None    # null: off
+        family = dict(gemma=True, attn_scale=get("query_pre_attn_scalar", float, 256) ** -0.5,
+                      attn_softcap=cap("attn_logit_softcapping", 50.0), final_softcap=cap("final_logit_softcapping", 30.0),
+                      windows=[get("sliding_window", default=4096) if t == "sliding_attention" else None for t in types])
+    gateskip = get("gateskip", dict, {})
     return ModelConfig(
-        vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None,
-        max_position_embeddings=raw.get("max_position_embeddings", 8192 if gemma else 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", gemma),           # Gemma's default is True, Llama's False
-        initializer_range=raw.get("initializer_range", 0.02),
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        gemma=gemma,
-        attn_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
-        attn_softcap=raw.get("attn_logit_softcapping", 50.0) if gemma else None,
-        final_softcap=raw.get("final_logit_softcapping", 30.0) if gemma else None,
-        windows=windows, gate=gate, gateskip=gateskip)
+        vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"), num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(get("rope_theta", float, 10000.0, rope)), rope_scaling=scaling,
+        max_position_embeddings=get("max_position_embeddings", default=8192 if gemma else 2048),
+        tie_word_embeddings=get("tie_word_embeddings", bool, gemma), initializer_range=get("initializer_range", float, 0.02),
+        eos_ids=_eos_ids(raw, name), gate=_gate_config(gateskip, 2 * layers, name), gateskip=gateskip, **family)
+
+
+def _eos_ids(raw, name):
+    ids = raw.get("eos_token_id")
+    ids = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise InputError(f"{name}: eos_token_id is {raw['eos_token_id']!r:.60}; it must be a token id or a list of them")
+    return ids
+
+
+def _gate_config(stored, branches, name):
+    """config.json["gateskip"] -> its GateConfig or None. Also checks the thresholds, which generation will rely on."""
+    try:
+        gate = GateConfig(**stored["gate"]) if stored.get("gate") is not None else None
+        for field in fields(GateConfig) if gate else ():
+            if type(getattr(gate, field.name)) is not field.type:
+                raise ValueError(f"gate {field.name} is {getattr(gate, field.name)!r:.60}")
+        if "thresholds" in stored:
+            SkipPolicy("frozen", 1.0, stored.get("skip"), stored.get("kv"))      # knows which names there are
+            for budget, values in stored["thresholds"].items():
+                check_budget(budget)
+                if len(values) != branches or not all(math.isfinite(v) for v in values):
+                    raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): train the gates again') from None
+    return gate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,29 +179,31 @@ def config_from_hf(raw, name="config.json"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def weight_files(folder):
-    """{tensor name: file} of a checkpoint. InputError for a missing shard or a pickle-only folder."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index} has no weight_map")
-        for name in sorted(set(weight_map.values())):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} lacks the shard {name} that {index.name} names: download it again")
-        return {key: folder / name for key, name in weight_map.items()}
+    """{tensor name: file} of a checkpoint: its model.safetensors, or the shards that the index names."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        with open_weights(single) as f:
-            return {key: single for key in f.keys()}
-    if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
-        raise InputError(f"{folder} holds pickled weights only, and loading a pickle can run any code: "
-                         f"get the safetensors version, or convert it with a tool that you trust")
-    raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+        return {key: single for key in _read(single)}
+    if not index.is_file():
+        pickles = [p for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt") and p.name != "train_state.pt"]
+        raise InputError(f"{folder} has no model.safetensors and no {index.name}" + (
+            ": pickled weights are refused, because loading a pickle can run any code; get the safetensors version" if pickles else ""))
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise InputError(f"{index} has no weight_map: download it again")
+    for shard in shards.values():
+        if not isinstance(shard, str) or shard != Path(shard).name:
+            raise InputError(f"{index} names {shard!r:.60}, which is no file of this folder: download it again")
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder} lacks the shard {shard} that {index.name} names: download it again")
+    return {key: folder / shard for key, shard in shards.items()}
 
 
-def open_weights(path):
-    """safetensors' reader, its errors told as ours."""
+def _read(path, key=None):
+    """One tensor as it is on disk, or the list of names. The file is mapped for this one only: nothing read before stays."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as f:
+            return f.keys() if key is None else f.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or no safetensors file ({error}): download it again") from None
 
@@ -177,52 +213,34 @@ def load_model(source, gate=None, device="cpu", dtype=torch.float32):
 
     gate: GateConfig to put fresh gates (from torch's global generator) on a checkpoint that has none; a checkpoint's own
     gates are always loaded. Built on the meta device and filled tensor by tensor, each cast on arrival: peak memory is
-    one copy in `dtype` plus the largest tensor. Gates stay float32 or wider. InputError for anything that does not fit.
+    one copy in `dtype` plus the largest tensor. Gates stay float32 or wider.
     """
     folder = find_folder(source)
-    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
-    fresh_gates = gate is not None and config.gate is None
-    if gate is not None and config.gate is not None and gate != config.gate:
-        raise InputError(f"{folder} already has gates, of another kind ({config.gate}): leave the gate flags out, or start from the ungated model")
-    config.gate = gate if fresh_gates else config.gate
-    with torch.device("meta"):
-        model = Model(config)
-    model.source = folder
-    generation = folder / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if eos is not None:
-        config.eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    model.side_files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
-    model.raw_config = read_json(folder / "config.json")
-
-    files = weight_files(folder)
+    model = _meta_model(folder / "config.json", read_json(folder / "config.json"), gate)
+    fresh = gate is not None and model.config.gateskip.get("gate") is None
+    files, tied = weight_files(folder), model.config.tie_word_embeddings
     wanted = dict(model.named_parameters())                      # a tied head is listed once, as the embedding
-    tied = "lm_head.weight" in files and config.tie_word_embeddings
-    known = set(wanted) | ({"lm_head.weight"} if tied else set())
-    unknown = sorted(key for key in files if key not in known and not key.endswith("rotary_emb.inv_freq"))
-    missing = sorted(key for key in wanted if key not in files and not (fresh_gates and "_gate." in key))
-    if unknown or missing:
-        raise InputError(f"{folder} does not fit its config.json: "
-                         + "; ".join(f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-                                     for what, keys in (("missing", missing), ("unexpected", unknown)) if keys))
-    by_file = {}
-    for key, path in files.items():
-        by_file.setdefault(path, []).append(key)
-    for path, keys in by_file.items():
-        with open_weights(path) as f:
-            for key in keys:
-                if key in wanted:
-                    _assign(model, key, _read(f, key, path), gate_dtype(key, dtype), device)
+    stored = {key for key in wanted if not (fresh and "_gate." in key)}
+    head = files.pop("lm_head.weight", None) if tied else None
+    unexpected = [key for key in files if key not in stored and not key.endswith("rotary_emb.inv_freq")]
+    for what, keys in (("missing", sorted(stored - set(files))), ("unexpected", sorted(unexpected))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise InputError(f"{folder}: the weights do not fit config.json: {what} {', '.join(keys[:3])}{more}")
     for key, p in wanted.items():
-        if key not in files:                                     # fresh gates
-            _assign(model, key, torch.empty(p.shape), gate_dtype(key, dtype), device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
-        if tied:
-            with open_weights(files["lm_head.weight"]) as f:
-                if not torch.equal(_read(f, "lm_head.weight", files["lm_head.weight"]).to(dtype), model.lm_head.weight.cpu()):
-                    raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it")
-    if fresh_gates:
+        tensor = _read(files[key], key) if key in stored else torch.empty(p.shape)
+        if tensor.shape != p.shape:
+            raise InputError(f"{files[key]}: tensor {key} has shape {tuple(tensor.shape)}, config.json implies {tuple(p.shape)}")
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{files[key]}: tensor {key} is stored as {tensor.dtype}; take the original, unquantized checkpoint")
+        _assign(model, key, tensor, dtype, device)
+        del tensor                                               # before the next one is read
+    if head is not None:                                         # stored although tied
+        own, copy = model.lm_head.weight, _read(head, "lm_head.weight")
+        same = own.shape == copy.shape and all(torch.equal(a.cpu(), b.to(dtype)) for a, b in zip(own.split(4096), copy.split(4096)))
+        if not same:
+            raise InputError(f"{head}: lm_head.weight differs from the embedding, but config.json ties them (tie_word_embeddings)")
+    if fresh:
         model.init_gates()
     return model.eval()
 
@@ -232,51 +250,51 @@ def new_model(config_file, gate=None, device="cpu", dtype=torch.float32):
     if not Path(config_file).is_file():
         raise InputError(f"no such file: {config_file} (--init-config takes a config.json)")
     raw = {key: value for key, value in read_json(config_file).items() if key != "gateskip"}
-    config = config_from_hf(raw, config_file)
-    config.gate = gate
-    with torch.device("meta"):
-        model = Model(config)
-    for key, p in list(model.named_parameters()):
-        _assign(model, key, torch.empty(p.shape), gate_dtype(key, dtype), device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
-    folder = Path(config_file).parent
-    model.source, model.raw_config = folder, raw
-    model.side_files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    model = _meta_model(Path(config_file), raw, gate)
+    for key, p in dict(model.named_parameters()).items():
+        _assign(model, key, torch.empty(p.shape), dtype, device)
     model.init_weights()
     return model.eval()
 
 
-def gate_dtype(key, dtype):
-    """The dtype of a parameter: gates never go below float32."""
-    return torch.promote_types(dtype, torch.float32) if "_gate." in key else dtype
-
-
-def _read(f, key, path):
-    try:
-        return f.get_tensor(key)
-    except SafetensorError as error:
-        raise InputError(f"{path}: tensor {key} cannot be read ({error})") from None
+def _meta_model(config_file, raw, gate):
+    """A Model without storage, and beside it what saving will need: source, raw_config, side_files."""
+    config, folder = config_from_hf(raw, config_file), config_file.parent
+    if gate is not None and config.gate not in (None, gate):
+        raise InputError(f"{folder} already has gates, of another kind ({config.gate}): "
+                         f"leave the gate flags out, or start from the ungated model")
+    config.gate = config.gate or gate
+    generation = folder / "generation_config.json"               # knows better than config.json when to stop
+    if generation.is_file():
+        config.eos_ids = _eos_ids(read_json(generation), generation) or config.eos_ids
+    with torch.device("meta"):
+        model = Model(config)
+    model.source, model.raw_config = folder, raw
+    model.side_files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    return model
 
 
 def _assign(model, key, tensor, dtype, device):
-    module = model.get_submodule(key.rpartition(".")[0])
-    leaf = key.rpartition(".")[2]
-    expected = getattr(module, leaf).shape
-    if tensor.shape != expected:
-        raise InputError(f"tensor {key} has shape {tuple(tensor.shape)}, config.json implies {tuple(expected)}")
-    setattr(module, leaf, torch.nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    """Put a tensor in a parameter's place. Always a copy: a view of the file would change and vanish with the file."""
+    name, _, leaf = key.rpartition(".")
+    dtype = torch.promote_types(dtype, torch.float32) if "_gate." in key else dtype    # gates never go below float32
+    setattr(model.get_submodule(name), leaf, torch.nn.Parameter(tensor.to(device, dtype, copy=True)))
+    if key == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model["embed_tokens"].weight                # shared, not copied
 
 
 def load_tokenizer(source):
-    """The tokenizers.Tokenizer of a folder, a run's --out or a hub id."""
+    """The tokenizers.Tokenizer of a folder, a run's --out or a hub id. It never truncates and never pads."""
     path = find_folder(source) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path.parent} has no tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from None
+        raise InputError(f"{path} is not a tokenizer ({error}): download it again") from None
+    tokenizer.no_truncation()                                    # the file may carry both from its training
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def chat_template(model, messages):
@@ -284,15 +302,26 @@ def chat_template(model, messages):
 
     messages: [{"role": "user", "content": "..."}]. jinja2 (which torch needs anyway) renders it, sandboxed.
     """
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    settings = json.loads(model.side_files.get("tokenizer_config.json", b"{}"))
-    template = model.side_files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-    if not isinstance(template, str):
-        raise InputError(f"{model.source} has no chat template: leave --chat out")
-    text = lambda token: token["content"] if isinstance(token, dict) else token or ""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        messages=messages, add_generation_prompt=True,
-        bos_token=text(settings.get("bos_token")), eos_token=text(settings.get("eos_token")))
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    try:
+        settings = json.loads(model.side_files.get("tokenizer_config.json", b"{}"))
+        template = model.side_files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
+        if not isinstance(template, str):
+            raise InputError(f"{model.source} has no chat template: leave --chat out")
+        text = lambda token: token["content"] if isinstance(token, dict) else token or ""
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        jinja.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
+        return jinja.from_string(template).render(messages=messages, tools=None, add_generation_prompt=True,
+                                                  bos_token=text(settings.get("bos_token")), eos_token=text(settings.get("eos_token")))
+    except InputError:
+        raise
+    except Exception as error:  # a template is a stranger's program and may fail in any way
+        raise InputError(f"{model.source}: its chat template failed ({' '.join(str(error).split())}): leave --chat out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +331,8 @@ def chat_template(model, messages):
 def save_config(model, folder):
     """Write config.json, theirs plus the "gateskip" object, replacing an old one in one step."""
     raw = {key: value for key, value in model.raw_config.items() if key != "gateskip"}
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
+    for key in {"dtype", "torch_dtype"} & set(raw) or ["torch_dtype"]:
+        raw[key] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
     gateskip = dict(model.config.gateskip)
     if model.config.gate is not None:
         gateskip["gate"] = asdict(model.config.gate)
@@ -317,13 +347,17 @@ def save_model(model, folder, tokenizer=None):
     """Write a Hugging Face folder: config.json with its "gateskip" object, model.safetensors, tokenizer and side files.
 
     The backbone opens in other tools. A tied head is stored once. Parameters are written in the dtype that they have.
+    OSError where the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: p.detach().cpu().contiguous() for key, p in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'}: {error}") from None
     for name, content in model.side_files.items():
         (folder / name).write_bytes(content)
-    if tokenizer is not None:
-        tokenizer.save(str(folder / "tokenizer.json"))
+    if tokenizer is not None:                                    # not tokenizer.save: its errors are no OSError
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     save_config(model, folder)

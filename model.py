@@ -45,6 +45,24 @@ class ModelConfig:
     gateskip: dict = field(default_factory=dict)   # config.json["gateskip"]: calibration and what it was trained for
 
 
+def _llama(vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, tied, theta=500000.0, factor=None, positions=131072):
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+    return ModelConfig(vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, rope_theta=theta, tie_word_embeddings=tied,
+                       rope_scaling=scaling if factor else None, max_position_embeddings=positions)
+
+
+# the true sizes of the models that this project is about, for counting on paper and on the meta device
+SHAPES = {
+    "llama-3.2-1b": _llama(128256, 2048, 8192, 16, 32, 8, 64, tied=True, factor=32.0),
+    "llama-3.2-3b": _llama(128256, 3072, 8192, 28, 24, 8, 128, tied=True, factor=32.0),
+    "llama-3.1-8b": _llama(128256, 4096, 14336, 32, 32, 8, 128, tied=False, factor=8.0),
+    "gemma-2-2b": ModelConfig(256000, 2304, 9216, 26, 8, 4, 256, rms_norm_eps=1e-6, max_position_embeddings=8192, gemma=True,
+                              attn_scale=256 ** -0.5, attn_softcap=50.0, final_softcap=30.0, windows=[4096, None] * 13),
+    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, 64, tied=True, theta=100000.0, positions=8192),
+}
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * w, in float32 or wider. Gemma's weight is an offset from 1, added before the cast."""
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import batch_at, collate, encode_all, hold_out, load_examples
-from gates import GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss, thresholds_at
-from generate import generate, pick_device
-from load_weights import load_model, load_tokenizer, new_model, save_config, save_model
+from gates import GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss
+from generate import generate, make_policy, pick_device
+from load_weights import config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json, save_config, save_model
+from model import SHAPES, Model
 
 # The defaults of the flags are Table 15 of the paper; a preset changes what its model needs.
 PRESETS = {
@@ -32,6 +33,7 @@ PRESETS = {
     "gemma-2-2b": dict(model="google/gemma-2-2b", checkpoint_activations=True),
 }
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)            # calibrated as far down as training went
+HELD_OUT, CONTINUE = 64, 96                                      # calibration sequences, tokens to continue each by
 NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every")   # flags that a resumed run may change
 
 
@@ -45,6 +47,7 @@ def parse_args(argv):
     add("--init-config", metavar="FILE", help="start from scratch with this config.json (and the tokenizer.json beside it)")
     add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
+    add("--eval-limit", type=int, default=200, help="problems in that table")
     add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")
@@ -90,7 +93,7 @@ def parse_args(argv):
         check_budget(getattr(args, name))
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
-    for name in ("steps", "batch_size", "grad_accum", "save_every"):
+    for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_limit"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not (math.isfinite(args.lr) and args.lr > 0 and math.isfinite(args.sparsity_weight) and args.sparsity_weight >= 0 and args.warmup >= 0):
@@ -238,20 +241,20 @@ def finish(model, args, sets, out, step, say):
         eos = set(config.eos_ids)
 
         def realised(policy, items=sets["calibration"]):
-            return generate(model, [prompt_of(i) for i in items], 96, policy, eos).savings["skipped"]
+            return generate(model, [prompt_of(i) for i in items], CONTINUE, policy, eos).savings["skipped"]
 
         budgets += [b for b in BUDGETS if b >= args.budget_end - 1e-9]
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         result = calibrate(model, [ids for ids, _ in sets["calibration"]], budgets, args.skip, args.kv, realised, say=say)
         config.gateskip.update(result, step=step)
         save_config(model, out / (out / "latest").read_text().strip())
-        checked = [f"{1 - b:.0%} -> {realised(frozen_policy(config, b), sets['check']):.1%}" for b in budgets[1:]]
-        print("skipped on a second held-out set, asked -> realised: " + ", ".join(checked))
+        checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
+        print("skipped on a second held-out set, asked -> realised: " + ", ".join(f"{1 - b:.0%} -> {x:.1%}" for b, x in checked.items()))
 
     print(f"\n{len(sets['eval'])} held-out problems, thresholds frozen, answers given (not generated)\n")
     print("budget   answer loss   token accuracy   skipped   macs_saved   random skipping, same share: answer loss")
     for budget in budgets:
-        policy = frozen_policy(config, budget) if budget < 1.0 else SkipPolicy(skip=args.skip, kv=args.kv)
+        policy = make_policy(config, "frozen", budget)
         loss, accuracy, saved = evaluate(model, sets["eval"], policy)
         row = f"{budget:6.2f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['macs_saved']:10.1%}"
         if budget < 1.0:
@@ -261,23 +264,17 @@ def finish(model, args, sets, out, step, say):
         print(row)
 
 
-def frozen_policy(config, budget):
-    """The frozen SkipPolicy of a calibrated model at a budget."""
-    stored = config.gateskip
-    return SkipPolicy("frozen", budget, stored["skip"], stored["kv"], thresholds=thresholds_at(stored["thresholds"], budget))
-
-
 def load_sets(args, tokenizer, eos_id):
     """{"train", "calibration", "check", "eval"}: lists of (ids, loss_mask), disjoint. Says what was dropped."""
     if args.data == "arithmetic":
-        held = load_examples("arithmetic", "calibration", 128, args.seed)
+        held = load_examples("arithmetic", "calibration", 2 * HELD_OUT, args.seed)
         texts = {"train": load_examples("arithmetic", "train", min(args.steps * args.batch_size * args.grad_accum, 200_000), args.seed),
-                 "calibration": held[:64], "check": held[64:], "eval": load_examples("arithmetic", "test", 200, args.seed)}
+                 "calibration": held[:HELD_OUT], "check": held[HELD_OUT:], "eval": load_examples("arithmetic", "test", args.eval_limit)}
     else:
         names = ("train", "calibration", "check") + (() if args.eval_data else ("eval",))
-        texts = dict(zip(names, hold_out(load_examples(args.data), *(64,) * (len(names) - 1))))
+        texts = dict(zip(names, hold_out(load_examples(args.data), *(HELD_OUT,) * (len(names) - 1))))
     if args.eval_data:
-        texts["eval"] = load_examples(args.eval_data, "test", 200, args.seed)
+        texts["eval"] = load_examples(args.eval_data, "test", args.eval_limit)
     sets, dropped = {}, 0
     for name, examples in texts.items():
         sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
@@ -320,7 +317,8 @@ def main(argv=None):
         raise InputError(f"--seq-len {args.seq_len} exceeds the model's {config.max_position_embeddings} positions")
     sets = load_sets(args, tokenizer, config.eos_ids[0])
     if gate is not None:
-        config.gateskip.update(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end, schedule=args.schedule)
+        config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
+                               schedule=args.schedule)   # an older calibration would not fit the weights to come
 
     # AdamW, Table 15
     for name, p in model.named_parameters():
@@ -395,8 +393,57 @@ def main(argv=None):
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What it needs, on paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=False):
+    """{part: bytes} of an FP32 training step (masked), counted from what autograd keeps; an upper bound if frozen.
+
+    Per token and layer autograd keeps 10 H + 2 (Hq + Hkv) D + 4 I numbers: per branch the residual stream, the norm's
+    two products, the gate and the branch's output; q, k, v and attention's output; four of the MLP's width. Gemma 2 adds
+    4 H for its second norms and two S x S matrices per head for the soft-capping. With checkpointing only each block's
+    inputs and the gates stay, and one block at a time is recomputed. Logits: the product, its softmax, its gradient.
+    """
+    with torch.device("meta"):
+        model = Model(config)
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name or not frozen)
+    H, D, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    gates = 0 if config.gate is None else 2 * config.gate.widths(H)[1]
+    block = 8 * H + gates + 2 * (heads + kv_heads) * D + 4 * config.intermediate_size
+    if config.gemma:
+        block += 4 * H + 2 * (heads - kv_heads) * D + 2 * heads * tokens
+    kept = H + 2 * kv_heads * D + gates
+    activations = kept * config.num_hidden_layers + block if checkpointing else block * config.num_hidden_layers
+    return {"weights": 4 * n_all, "gradients": 4 * n_trained, "Adam": 8 * n_trained,
+            "activations": 4 * tokens * activations, "logits": 3 * 4 * answer_tokens * config.vocab_size}
+
+
 def dry_run(args, gate):
-    raise InputError("not yet")
+    """Say what would be trained on what, and the memory it takes on paper; touch neither network nor --out."""
+    source = args.init_config or args.model
+    if args.init_config or Path(source).is_dir():
+        path = Path(args.init_config or find_folder(source) / "config.json")
+        config = config_from_hf(read_json(path), path)
+    elif args.preset in SHAPES:
+        config = SHAPES[args.preset]
+    else:
+        raise InputError(f"--dry-run does not ask the hub for {source}: give a local folder or a --preset")
+    config.gate = gate or config.gate
+    examples = load_examples(args.data, "train", None if args.data != "arithmetic" else 1000, args.seed)
+    tokens = args.batch_size * args.seq_len
+    print(f"{source}: {config.num_hidden_layers} layers of width {config.hidden_size}, gate {gate or 'none'}")
+    print(f"data {args.data}: " + ("made as needed" if args.data == "arithmetic" else f"{len(examples)} examples"))
+    print(f"{args.steps} steps of {args.grad_accum} x {args.batch_size} sequences up to {args.seq_len} tokens, lr {args.lr}, "
+          f"budget {args.budget_start} -> {args.budget_end} ({args.schedule})")
+    print(f"memory on paper, FP32, {tokens} tokens at once, every one an answer token (GB):")
+    for checkpointing in (False, True):
+        parts = memory_on_paper(config, tokens, tokens, args.freeze_backbone, checkpointing)
+        mine = "  <- this run" if checkpointing == args.checkpoint_activations else ""
+        print(f"  {'with' if checkpointing else 'without':7} --checkpoint-activations: "
+              + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + f" = {sum(parts.values()) / 1e9:.1f}{mine}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,18 @@
+# An existing .venv is used as it is if it has what is needed.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: setup demo test
+setup:
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, tqdm, pytest, matplotlib, pyarrow" 2>/dev/null \
+		|| $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+
+demo: setup
+	$(PY) train.py --schedule uniform --budget-end 0.7 --out runs/demo --overwrite
+	$(PY) eval_gsm8k.py --model runs/demo --dense examples/tiny-llama
+	$(PY) generate.py --model runs/demo --budget 0.85 --show-compute \
+		--question "Tom has 31 red pens and 14 blue pens. Then he gives 9 of them to Ann. How many pens does Tom have now?"
+
+test: setup
+	$(PY) -m pytest -q tests

@@ -1,0 +1,169 @@
+"""Accuracy against compute saved: the sweep over budgets, the interpolation, the table and the plot.
+
+    python eval_gsm8k.py --model runs/demo --dense examples/tiny-llama              # the built-in problems
+    python eval_gsm8k.py --model runs/llama --data test.jsonl --max-new-tokens 400  # GSM8K
+
+Zero-shot with the training template. An answer counts if the first `#### number` in it is the right one.
+"""
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import encode_prompt, load_examples
+from gates import InputError, check_budget
+from generate import generate, make_policy, pick_device
+from load_weights import load_model, load_tokenizer
+
+TARGETS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)                    # the columns of the paper's Table 1
+
+
+def normalise(answer):
+    """Strip what does not make a number another one: commas, dollar signs, one full stop at the end, case."""
+    return re.sub(r"[,$]", "", answer).strip().removesuffix(".").lower()
+
+
+def extract_answer(text, flexible=False):
+    """The answer in a generated text, normalised, or None.
+
+    Strict: what follows the first "####": a number, or an option's letter. Flexible: the last number anywhere (the
+    rules of the GSM8K task in EleutherAI's lm-evaluation-harness). Text after a new "Question:" is not looked at.
+    """
+    text = text.split("Question:")[0]
+    if flexible:
+        found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+        return normalise(found[-1]) if found else None
+    found = re.search(r"#### (-?[0-9.,]+|[A-E]\b)", text)
+    return normalise(found[1]) if found else None
+
+
+def interpolate(points, targets=TARGETS):
+    """Accuracy at exact savings: piecewise linear between measured (skipped, accuracy) points, in any order.
+
+    Points at the same saving are averaged. Outside the measured range there is no value (None), never a clamp.
+    """
+    by_x = {}
+    for x, y in points:
+        by_x.setdefault(x, []).append(y)
+    xs = sorted(by_x)
+    ys = [sum(by_x[x]) / len(by_x[x]) for x in xs]
+    values = []
+    for target in targets:
+        value = next((y for x, y in zip(xs, ys) if abs(x - target) < 1e-9), None)
+        for x0, y0, x1, y1 in zip(xs, ys, xs[1:], ys[1:]):
+            if value is None and x0 < target < x1:
+                value = y0 + (y1 - y0) * (target - x0) / (x1 - x0)
+        values.append(value)
+    return values
+
+
+def run_row(name, model, tokenizer, examples, kind, budget, args):
+    """One line of the table: generate answers to all examples under one policy and score them. A dict."""
+    config, device, started = model.config, next(model.parameters()).device, time.perf_counter()
+    policy = make_policy(config, kind, budget, seed=args.seed, device=device)
+    strict = flexible = 0
+    sums = None
+    for start in tqdm(range(0, len(examples), args.batch_size), desc=f"{name} {budget:.2f}", leave=False):
+        batch = examples[start:start + args.batch_size]
+        result = generate(model, [encode_prompt(tokenizer, e.question) for e in batch], args.max_new_tokens, policy, set(config.eos_ids))
+        for example, new in zip(batch, result.tokens):
+            text, gold = tokenizer.decode(new), normalise(example.answer)
+            strict += extract_answer(text) == gold
+            flexible += extract_answer(text, flexible=True) == gold
+        s = result.savings
+        now = [s["pairs"] * s["skipped"], s["pairs"], s["calls"] * s["skipped_per_call"], s["calls"], s["macs"], s["macs_dense"]]
+        sums = now if sums is None else [a + b for a, b in zip(sums, now)]
+    n, p = len(examples), strict / len(examples)
+    return {"row": name, "policy": policy.kind, "budget": budget, "n": n, "accuracy": p, "stderr": (p * (1 - p) / n) ** 0.5,
+            "flexible": flexible / n, "skipped": sums[0] / sums[1], "skipped_per_call": sums[2] / sums[3],
+            "macs_saved": 1 - sums[4] / sums[5], "seconds": round(time.perf_counter() - started, 2)}
+
+
+def plot(rows, path):
+    """Accuracy against what was skipped, and against MACs saved, with standard errors."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for name in dict.fromkeys(r["row"] for r in rows):
+        mine = sorted((r for r in rows if r["row"] == name), key=lambda r: r["skipped"])
+        for axis, key in zip(axes, ("skipped", "macs_saved")):
+            axis.errorbar([100 * r[key] for r in mine], [100 * r["accuracy"] for r in mine], [100 * r["stderr"] for r in mine],
+                          label=name, marker="o", markersize=4, capsize=2, linestyle="-" if len(mine) > 1 else "")
+    for axis, label in zip(axes, ("(token, branch) pairs skipped, %", "multiply-accumulates saved, gates paid, %")):
+        axis.set(xlabel=label)
+        axis.set_ylim(-3, 103)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"exact answers, % of {rows[0]['n']} held-out problems")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Accuracy against compute saved.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--model", default="runs/demo", help="the gated model: folder, a run's --out, or hub id")
+    add("--dense", help="the same model without gates: for the dense row and for random skipping")
+    add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
+    add("--limit", type=int, default=200, help="the first N problems")
+    add("--budgets", type=float, nargs="+", default=[1.0, 0.95, 0.9, 0.85, 0.8, 0.75])
+    add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto", help="of the GateSkip row; batch depends on --batch-size")
+    add("--batch-size", type=int, default=100)
+    add("--max-new-tokens", type=int, default=96)
+    add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
+    add("--seed", type=int, default=0, help="of random skipping")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = p.parse_args(argv)
+    for budget in args.budgets:
+        check_budget(budget)
+    if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 1:
+        raise InputError("--batch-size, --max-new-tokens and --limit must be at least 1")
+
+    examples = load_examples(args.data, "test", args.limit)
+    if isinstance(examples[0], str):
+        raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
+    device, dtype = pick_device(args.device, args.dtype)
+    model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
+    plan = [("GateSkip" if model.config.gate else "model", model, args.policy, b) for b in args.budgets if b == 1.0 or model.config.gate]
+    if args.dense:
+        dense = load_model(args.dense, device=device, dtype=dtype)
+        plan += [("dense", dense, "none", 1.0)] + [("random, dense", dense, "random", b) for b in args.budgets if b < 1.0]
+    if model.config.gate:
+        plan += [("random ranks, gated", model, "random", b) for b in args.budgets if b < 1.0]
+    out = Path(args.out or (args.model if Path(args.model).is_dir() else "runs/eval"))
+    out.mkdir(parents=True, exist_ok=True)
+
+    print(f"\n{len(examples)} problems of {args.data}, batches of {args.batch_size}\n")
+    print("row                   budget   accuracy (s.e.)   flexible   skipped   per call   macs_saved   seconds")
+    rows = []
+    for name, which, kind, budget in plan:
+        r = run_row(name, which, tokenizer, examples, kind, budget, args)
+        rows.append(r)
+        print(f"{name:20}  {budget:6.2f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})   {r['flexible']:8.1%}   {r['skipped']:7.1%}   "
+              f"{r['skipped_per_call']:8.1%}   {r['macs_saved']:+10.1%}   {r['seconds']:7.1f}", flush=True)
+        exact = {who: interpolate([(q["skipped"], q["accuracy"]) for q in rows if q["row"] == who]) for who in dict.fromkeys(q["row"] for q in rows)}
+        (out / "eval.json").write_text(json.dumps({"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}, indent=1))
+    print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS) + "   skipped (linear between the rows above; - is outside them)")
+    for name, values in exact.items():
+        print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
+    plot(rows, out / "eval.png")
+    print(f"\nwritten: {out / 'eval.json'}, {out / 'eval.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,98 @@
+"""The README does what it says: its worked example is run as a doctest, its commands are run at toy size."""
+import doctest
+import importlib.metadata
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import data
+import eval_gsm8k
+import generate
+import train
+from load_weights import load_tokenizer, new_model, read_json, save_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+# argparse takes the last value: what makes a command small enough for a test
+SMALL = {"train.py": "--steps 2 --batch-size 4 --seq-len 160 --warmup 1 --save-every 2 --eval-limit 8",
+         "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8"}
+
+
+def readme_commands():
+    """Every line of the README's ```sh blocks, and those that `make demo` runs."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    recipe = re.search(r"^demo: .*?\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    demo = recipe.replace("\\\n", " ").replace("$(PY)", "python").splitlines()
+    return [line for line in lines if line != "make demo"] + [line.strip() for line in demo]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that looks like the repository, in which every model is a toy and every data set a handful of problems."""
+    shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
+    folder = tmp_path / "examples" / "tiny-llama"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "tiny-llama" / "tokenizer.json", folder)
+    (folder / "config.json").write_text(__import__("json").dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
+    save_model(new_model(folder / "config.json"), folder, load_tokenizer(folder))
+    import pyarrow
+    from pyarrow import parquet
+    rows = [{"question": e.question, "answer": f"{e.reasoning}\n#### {e.answer}"} for e in data.arithmetic(40)]
+    for name in ("train", "test"):
+        path = tmp_path / "data" / "gsm8k" / "main" / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    for preset in train.PRESETS.values():
+        monkeypatch.setitem(preset, "model", "examples/tiny-llama")
+    monkeypatch.setattr(train, "BUDGETS", (0.8,))
+    monkeypatch.setattr(train, "HELD_OUT", 4)
+    monkeypatch.setattr(train, "CONTINUE", 4)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_worked_example():
+    """The four tokens by hand would show other numbers than the code gives."""
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert result.attempted >= 10 and result.failed == 0
+
+
+def test_commands(checkout, monkeypatch):
+    """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
+    import layer_diff
+    mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main,
+             "data.py": lambda argv: monkeypatch.setattr("sys.argv", ["data.py", *argv]) or data.main(),
+             "tests/layer_diff.py": layer_diff.main}
+    ran = []
+    for line in readme_commands():
+        program, *argv = shlex.split(line)
+        if program == "make":
+            subprocess.run(["make", "-n", *argv], cwd=ROOT, check=True, capture_output=True)
+        elif program == "hf":                                    # needs the network: at least it is installed
+            assert "hf" in {e.name for e in importlib.metadata.entry_points(group="console_scripts")}, line
+        else:
+            assert program == "python", f"the README runs {line!r}, which this test does not know"
+            script = argv.pop(0)
+            extra = [] if "--dry-run" in argv else shlex.split(SMALL.get(script, ""))
+            assert mains[script](argv + extra) in (0, None), line
+        ran.append(program if program != "python" else script)
+    assert {"make", "hf", "train.py", "eval_gsm8k.py", "generate.py", "data.py", "tests/layer_diff.py"} <= set(ran)
+
+
+def test_every_flag_is_real():
+    """Prose that names a flag which no command has."""
+    parsers = " ".join((ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py"))
+    for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
+        assert f'"{flag}"' in parsers, flag
+
+
+def test_pictures_and_files_exist():
+    """A picture or a file that the README shows and the repository lacks."""
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, flags=re.MULTILINE):
+        assert (ROOT / name).exists(), name
