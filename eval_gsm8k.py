@@ -135,9 +135,14 @@ def main(argv=None):
         raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
     device, dtype = pick_device(args.device, args.dtype)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
-    plan = [("GateSkip" if model.config.gate else "model", model, args.policy, b) for b in args.budgets if b == 1.0 or model.config.gate]
+    if model.config.gate:
+        plan = [("GateSkip", model, args.policy, b) for b in args.budgets]
+    else:                                                        # nothing to rank tokens by
+        plan = [("model", model, "none", 1.0)]
     if args.dense:
         dense = load_model(args.dense, device=device, dtype=dtype)
+        if dense.config.gate:
+            raise InputError(f"--dense {args.dense} has gates: give the model without them")
         plan += [("dense", dense, "none", 1.0)] + [("random, dense", dense, "random", b) for b in args.budgets if b < 1.0]
     if model.config.gate:
         plan += [("random ranks, gated", model, "random", b) for b in args.budgets if b < 1.0]
@@ -164,6 +169,9 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        status = f"error: {error}"                               # said below, when the progress bar is gone
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

@@ -5,6 +5,7 @@
 Prompts of unequal length are left-padded; finished sequences leave the computation.
 """
 import argparse
+import math
 import os
 import sys
 import time
@@ -49,6 +50,8 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), temperatur
     device, config, lengths = next(model.parameters()).device, model.config, [len(p) for p in prompts]
     if not prompts or min(lengths) == 0:
         raise InputError("a prompt is empty: there is nothing to continue")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     longest = max(lengths)                                       # S
     if longest + max_new_tokens > config.max_position_embeddings:
         raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
@@ -110,9 +113,9 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
         if (skip, kv) != (stored["skip"], stored["kv"]):
             raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not --skip {skip} --kv {kv}: "
                              f"other settings need a calibration of their own")
+    thresholds = thresholds_at(stored["thresholds"], budget) if kind == "frozen" else None
     if budget < stored.get("budget_end", 0.0) - 1e-9:
         print(f"warning: budget {budget} is below {stored['budget_end']}, the lowest this model was trained for", file=sys.stderr)
-    thresholds = thresholds_at(stored["thresholds"], budget) if kind == "frozen" else None
     return SkipPolicy(kind, budget, skip, kv, thresholds=thresholds)
 
 
@@ -122,6 +125,8 @@ def pick_device(name=None, dtype="float32", tf32=False):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise InputError(f"--device {name} is no device that torch knows: cpu, cuda, cuda:1, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: the thresholds need float64, which only cpu and cuda have been tried with")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: torch sees no such GPU here; leave --device out")
     reason = "asked for" if name else "a GPU is here" if device.type == "cuda" else "no GPU here"
@@ -190,7 +195,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.prompt and not args.question:
         raise InputError("nothing to do: give --prompt TEXT or --question TEXT")
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise InputError("--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
     if args.budget is not None:
         check_budget(args.budget)
@@ -210,7 +215,7 @@ def main(argv=None):
     def on_token(i, token, ids=[]):
         ids.append(token)
         text = tokenizer.decode(ids)
-        if stream and not text.endswith("\ufffd"):               # half a character waits for its other half
+        if not text.endswith("\ufffd"):                          # half a character waits for its other half
             print(text[len(shown[0]):], end="", flush=True)
             shown[0] = text
 
@@ -219,7 +224,7 @@ def main(argv=None):
     started = time.perf_counter()
     draw = torch.Generator(device).manual_seed(args.seed)
     result = generate(model, prompts, args.max_new_tokens, policy, set(model.config.eos_ids), args.temperature,
-                      args.top_k, args.top_p, draw, args.compute, on_token)
+                      args.top_k, args.top_p, draw, args.compute, on_token if stream else None)
     seconds = time.perf_counter() - started
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -230,7 +235,7 @@ def main(argv=None):
         elif not stream:
             print(f"--- {i + 1}\n{texts[i]}{tokenizer.decode(new)}")
     if stream:
-        print()
+        print(tokenizer.decode(result.tokens[0])[len(shown[0]):])   # what was still waiting
     count = sum(map(len, result.tokens))
     print(f"\n{legend(colour)}" if args.show_compute else "")
     print(f"{policy.kind}, budget {budget}: {savings_line(result.savings, args.compute)}")
@@ -243,3 +248,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,9 +9,11 @@ import argparse
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -98,7 +100,7 @@ def parse_args(argv):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not (math.isfinite(args.lr) and args.lr > 0 and math.isfinite(args.sparsity_weight) and args.sparsity_weight >= 0 and args.warmup >= 0):
         raise InputError("--lr must be positive, --sparsity-weight and --warmup at least 0, all finite")
-    if args.init_config and "--model" in argv:
+    if chosen.init_config and chosen.model:
         raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
     if args.data is None:
         raise InputError("--data is missing: a .jsonl, .parquet or .txt file, or the word arithmetic")
@@ -106,6 +108,8 @@ def parse_args(argv):
         raise InputError("--freeze-backbone with --gate none leaves nothing to train")
     if args.compile and args.compute == "compact":
         raise InputError("--compile needs static shapes: use --compute masked")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+        raise InputError("--compile needs a C++ compiler and there is no g++ here: install one, or leave --compile out")
     if args.resume and args.overwrite:
         raise InputError("--resume keeps the run in --out and --overwrite deletes it: give one of them")
     return args
@@ -134,8 +138,10 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
         save_model(model, temporary, tokenizer)
         torch.save({"step": step, "settings": settings, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
                    temporary / "train_state.pt")
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, RuntimeError)):           # torch.save calls a full disk a RuntimeError
+            raise OSError(f"{final} could not be saved, is the disk full? What was saved before stays ({' '.join(str(error).split())})") from None
         raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -148,13 +154,16 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
 
 
 def open_run(args, settings):
-    """Refuse, clean or continue --out. Returns the loaded train_state of a resumed run, else None."""
+    """Refuse --out or continue it. Returns the loaded train_state of a resumed run, else None. Deletes no run yet."""
     out = Path(args.out)
     if args.resume:
         if not (out / "latest").is_file():
-            raise InputError(f"--resume: {out} holds no run that has saved; leave --resume out to start one")
+            raise InputError(f"--resume: {out} holds no run that has saved; start one without --resume (with --overwrite if files are there)")
         path = out / (out / "latest").read_text().strip() / "train_state.pt"
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            raise InputError(f"--resume: {path} is damaged; start again with --overwrite") from None
         different = [f"--{key.replace('_', '-')} {settings[key]} (was {old})" for key, old in state["settings"].items()
                      if settings.get(key) != old]
         if different:
@@ -162,6 +171,8 @@ def open_run(args, settings):
         lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]           # cut back to the checkpoint
         (out / "metrics.tmp").write_text("".join(line + "\n" for line in lines))
         os.replace(out / "metrics.tmp", out / "metrics.jsonl")
+        for left in out.glob(".step-*.tmp"):                     # by a kill while saving
+            shutil.rmtree(left, ignore_errors=True)
         return state
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file")
@@ -170,8 +181,6 @@ def open_run(args, settings):
             raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
         if not any((out / name).exists() for name in ("latest", "metrics.jsonl")):
             raise InputError(f"--overwrite: {out} does not look like a run (no latest, no metrics.jsonl); delete it yourself")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
     return None
 
 
@@ -241,15 +250,19 @@ def finish(model, args, sets, out, step, say):
         eos = set(config.eos_ids)
 
         def realised(policy, items=sets["calibration"]):
-            return generate(model, [prompt_of(i) for i in items], CONTINUE, policy, eos).savings["skipped"]
+            prompts = [prompt_of(i) for i in items]
+            room = config.max_position_embeddings - max(map(len, prompts))
+            return generate(model, prompts, min(CONTINUE, room), policy, eos).savings["skipped"]
 
-        budgets += [b for b in BUDGETS if b >= args.budget_end - 1e-9]
+        budgets += sorted({b for b in (*BUDGETS, args.budget_end) if args.budget_end <= b < 1.0}, reverse=True)
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         result = calibrate(model, [ids for ids, _ in sets["calibration"]], budgets, args.skip, args.kv, realised, say=say)
         config.gateskip.update(result, step=step)
         save_config(model, out / (out / "latest").read_text().strip())
         checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
-        print("skipped on a second held-out set, asked -> realised: " + ", ".join(f"{1 - b:.0%} -> {x:.1%}" for b, x in checked.items()))
+        share = SkipPolicy(skip=args.skip).skippable_share(config.num_hidden_layers)
+        print("skipped on a second held-out set, asked -> realised: "
+              + ", ".join(f"{(1 - b) * share:.1%} -> {x:.1%}" for b, x in checked.items()))
 
     print(f"\n{len(sets['eval'])} held-out problems, thresholds frozen, answers given (not generated)\n")
     print("budget   answer loss   token accuracy   skipped   macs_saved   random skipping, same share: answer loss")
@@ -280,6 +293,8 @@ def load_sets(args, tokenizer, eos_id):
         sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
         dropped += n
     note = f"; {dropped} longer than --seq-len {args.seq_len} left out" if dropped else ""
+    if shared := len(set(texts["train"]) & set(texts["eval"])):
+        note += f"; CAUTION: {shared} of the eval problems are trained on, they are in --data too"
     print("data: " + ", ".join(f"{len(items)} {name}" for name, items in sets.items()) + note)
     return sets
 
@@ -309,6 +324,8 @@ def main(argv=None):
     else:
         model, tokenizer = load_model(args.model, gate, device, dtype), load_tokenizer(args.model)
     config = model.config
+    if config.gate != gate:
+        raise InputError(f"--gate none, but {model.source} has gates: start from the model without them, or leave --gate out")
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {config.vocab_size}: they do not belong together")
     if not config.eos_ids:
@@ -319,6 +336,10 @@ def main(argv=None):
     if gate is not None:
         config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
                                schedule=args.schedule)   # an older calibration would not fit the weights to come
+
+    if args.overwrite and out.exists():                          # not before everything that may be wrong has loaded
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
 
     # AdamW, Table 15
     for name, p in model.named_parameters():
@@ -379,8 +400,9 @@ def main(argv=None):
             raise InputError(f"the loss is {row['loss']} at step {step}: lower --lr; the last checkpoint is untouched")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
-        if stop and step + 1 < args.steps:
+        if stop:
             bar.close()
+            signal.signal(signal.SIGINT, previous)
             print(f"stopped after step {step + 1}; saved in {out}. Go on with the same command and --resume")
             return 130
     metrics.close()
@@ -401,9 +423,10 @@ def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=F
     """{part: bytes} of an FP32 training step (masked), counted from what autograd keeps; an upper bound if frozen.
 
     Per token and layer autograd keeps 10 H + 2 (Hq + Hkv) D + 4 I numbers: per branch the residual stream, the norm's
-    two products, the gate and the branch's output; q, k, v and attention's output; four of the MLP's width. Gemma 2 adds
-    4 H for its second norms and two S x S matrices per head for the soft-capping. With checkpointing only each block's
-    inputs and the gates stay, and one block at a time is recomputed. Logits: the product, its softmax, its gradient.
+    two products, the gate and (without gates not) the branch's output; q, k, v and attention's output; four of the MLP's
+    width. Gemma 2 adds 4 H for its second norms and two S x S matrices per head for the soft-capping. With checkpointing
+    only each block's inputs and the gates stay, and one block at a time is recomputed. Logits: the product, its softmax,
+    its gradient. Not counted: what the backward pass of one operation holds for a moment.
     """
     with torch.device("meta"):
         model = Model(config)
@@ -411,7 +434,7 @@ def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=F
     n_trained = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name or not frozen)
     H, D, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     gates = 0 if config.gate is None else 2 * config.gate.widths(H)[1]
-    block = 8 * H + gates + 2 * (heads + kv_heads) * D + 4 * config.intermediate_size
+    block = (8 if gates else 6) * H + gates + 2 * (heads + kv_heads) * D + 4 * config.intermediate_size
     if config.gemma:
         block += 4 * H + 2 * (heads - kv_heads) * D + 2 * heads * tokens
     kept = H + 2 * kv_heads * D + gates
@@ -426,8 +449,8 @@ def dry_run(args, gate):
     if args.init_config or Path(source).is_dir():
         path = Path(args.init_config or find_folder(source) / "config.json")
         config = config_from_hf(read_json(path), path)
-    elif args.preset in SHAPES:
-        config = SHAPES[args.preset]
+    elif args.preset in SHAPES and source == PRESETS[args.preset]["model"]:
+        config = replace(SHAPES[args.preset])                    # a copy: it is about to get gates
     else:
         raise InputError(f"--dry-run does not ask the hub for {source}: give a local folder or a --preset")
     config.gate = gate or config.gate
@@ -448,6 +471,10 @@ def dry_run(args, gate):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        status = f"error: {error}"                               # said below, when the progress bar is gone
+    except KeyboardInterrupt:                                    # before the first step or after the last
+        print("\ninterrupted: what was saved in --out stays, --resume goes on with it", file=sys.stderr)
+        status = 130
+    sys.exit(status)

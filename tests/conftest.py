@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -75,3 +76,18 @@ def same_masks(a, b):
     """Assert that two lists of masks are equal, naming the first branch that differs."""
     for branch, (x, y) in enumerate(zip(a, b, strict=True)):
         assert torch.equal(x, y), f"branch {branch}: {(x != y).nonzero().tolist()}"
+
+
+class Synchronisations(TorchDispatchMode):
+    """Lists the operators inside its `with` for which a GPU would have to stop and tell the host a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))

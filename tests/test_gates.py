@@ -1,5 +1,6 @@
 """Tests of gates.py: threshold, selection, policies, budget, losses, calibration, and the count of what a skip saves."""
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -8,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import DEVICES, build, frozen, gemma, llama, padding, same, tokens
+from conftest import DEVICES, Synchronisations, build, frozen, gemma, llama, padding, same, tokens
 from gates import (GRANULARITIES, Gate, GateConfig, InputError, Savings, SkipPolicy, Trace, budget_at, calibrate, check_budget,
                    count_macs, frozen_threshold, keep_highest, quantile_threshold, select_tokens, sparsity_loss, thresholds_at)
-from model import KVCache, Model, ModelConfig
+from model import SHAPES, KVCache, Model, ModelConfig
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
@@ -347,6 +348,29 @@ def test_frozen_compares_in_float64():
     assert policy.keep(0, high, everyone(1)).item() and not policy.keep(0, low, everyone(1)).item()
 
 
+@pytest.mark.parametrize("kind", ["batch", "frozen", "random", "topk", "given", "none"])
+def test_decisions_stay_on_the_device(kind):
+    """A 0-d index tensor or an .item() in a decision: a GPU would stop 2L times per call, in masked mode and in training too."""
+    valid, scores = padding([9, 4], 9), torch.rand(2, 9)
+    policy = SkipPolicy(kind, 0.6, thresholds=[0.5], masks=[valid], generator=torch.Generator().manual_seed(0))
+    with Synchronisations() as host:
+        policy.keep(0, scores, valid)
+    assert not host.seen
+
+
+def test_losses_and_counts_stay_on_the_device():
+    """A loss or a count that stops the GPU at every step: only Savings.report may."""
+    config, valid = llama(GateConfig("scalar")), padding([9, 4], 9)
+    gates, savings = [torch.rand(2, 9, 1) for _ in range(8)], Savings(config)
+    with Synchronisations() as host:
+        for kind in ("l2", "l1", "l2_norm", "kl"):
+            sparsity_loss(gates, valid, kind, 0.8)
+        for _ in range(2):
+            savings.add(Trace(None, [valid] * 8, None, valid, 9, 2, "copy_up"))
+    assert not host.seen
+    savings.report()
+
+
 # Budget.
 
 @pytest.mark.parametrize("total", [2, 3, 7, 1000, 15493])
@@ -645,8 +669,6 @@ def test_count_equals_the_flop_counter(family, gate, kv):
         agrees(share, "last", cache, tokens(3, 1), torch.tensor([[True], [False], [True]]))
 
 
-LLAMA_1B = ModelConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                       num_key_value_heads=8, head_dim=64)
 FORMS = {"vector": GateConfig(), "rank 16": GateConfig(arch="lowrank", rank=16), "scalar": GateConfig("scalar")}
 
 
@@ -654,7 +676,7 @@ FORMS = {"vector": GateConfig(), "rank 16": GateConfig(arch="lowrank", rank=16),
                                                ("vector", "dense", 0.5), ("rank 16", "dense", 11.2), ("scalar", "dense", 11.4)])
 def test_net_saving_on_llama_1b(form, kv, percent):
     """A saving that forgets the gates or the head: of a nominal 15%, vector gates leave almost nothing (design, section 6)."""
-    config, valid = ModelConfig(**{**vars(LLAMA_1B), "gate": FORMS[form]}), torch.ones(1, 100, dtype=torch.bool)
+    config, valid = replace(SHAPES["llama-3.2-1b"], gate=FORMS[form]), everyone(100)
     policy = SkipPolicy("random", 0.85, generator=torch.Generator().manual_seed(0))
     savings = Savings(config)
     savings.add(Trace(None, [policy.keep(branch, None, valid) for branch in range(32)], None, valid, 100, 100, kv))
@@ -663,14 +685,20 @@ def test_net_saving_on_llama_1b(form, kv, percent):
     assert 100 * report["macs_saved"] == pytest.approx(percent, abs=0.2)
 
 
-def test_vector_gates_on_llama_1b():
-    """Table 13's sizes (24 x 1024) taken for Llama-3.2-1B's: vector gates are 134,283,264 parameters there, not 25 million."""
+PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3.1-8b": 8_030_261_248, "gemma-2-2b": 2_614_341_888,
+              "smollm2-135m": 134_515_008}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_true_sizes(name):
+    """Table 13's sizes (24 x 1024) taken for Llama-3.2-1B's: vector gates are 134,283,264 parameters there, not 25 million.
+    The backbones have the published numbers of parameters, so their shapes are right."""
     with torch.device("meta"):
-        model = Model(ModelConfig(**{**vars(LLAMA_1B), "gate": GateConfig()}))
-    gates = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name)
-    backbone = sum(p.numel() for name, p in model.named_parameters() if "_gate." not in name)
-    assert gates == 134_283_264 == 32 * (2048 * 2048 + 2048) and backbone == 1_235_814_400
-    assert gates / backbone == pytest.approx(0.109, abs=0.001)
+        model = Model(replace(SHAPES[name], gate=GateConfig()))
+    gates = sum(p.numel() for key, p in model.named_parameters() if "_gate." in key)
+    L, H = SHAPES[name].num_hidden_layers, SHAPES[name].hidden_size
+    assert sum(p.numel() for p in model.parameters()) - gates == PARAMETERS[name] and gates == 2 * L * (H * H + H)
+    assert name != "llama-3.2-1b" or gates == 134_283_264
 
 
 def test_savings_by_hand():

@@ -1,21 +1,17 @@
 """Tests of layer_diff.py, the tool for whoever adds a model family."""
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from safetensors.torch import load_file, save_file
 
 import layer_diff
 from gates import InputError
 from load_weights import load_model, save_model
-from safetensors.torch import load_file, save_file
 
-GOLDEN = TESTS / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def diff(capsys, folder, golden):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import DEVICES, VOCAB, build, frozen, gemma, llama, padding, same, same_masks, tokens
+from conftest import DEVICES, VOCAB, Synchronisations, build, frozen, gemma, llama, padding, same, same_masks, tokens
 from gates import GRANULARITIES, GateConfig, InputError, SkipPolicy, calibrate, select_tokens, sparsity_loss, thresholds_at
 from load_weights import load_model
 from model import KVCache, Model, Rows
@@ -333,6 +333,19 @@ def test_a_full_row_that_only_pads_does_not_need_room():
     model(ids, valid=padding([4, 2], 4, "right"), cache=cache)
     logits, _ = model(ids[:, 2:3], valid=torch.tensor([[False], [True]]), cache=cache)
     same(logits[1, 0], model(ids[1:, :3])[0][0, 2])
+
+
+@torch.no_grad()
+def test_a_waiting_row_keeps_its_slots_in_sight():
+    """A bound on the used slots that follows only the rows that move: a longer row that waits for one call would then not
+    see its own last slots."""
+    model, ids = build(llama()), tokens(2, 4)
+    cache = new_cache(model, 2, 4)
+    model(ids, valid=padding([3, 1], 4, "right"), cache=cache)
+    model(ids[:, 1:2], valid=torch.tensor([[False], [True]]), cache=cache)
+    logits, _ = model(torch.stack([ids[0, 3:], ids[1, 2:3]]), cache=cache)
+    same(logits[0], model(ids[:1])[0][0, 3:])
+    same(logits[1], model(ids[1:, :3])[0][0, 2:])
 
 
 # Positions.
@@ -737,7 +750,7 @@ def test_nothing_is_gathered_at_budget_1(compute, device, monkeypatch):
 @on_devices
 @families
 @torch.no_grad()
-def test_host_synchronisations(family, device, monkeypatch):
+def test_one_gather_per_branch(family, device, monkeypatch):
     """A second gather per branch, or one in masked mode: each stalls a GPU. Masked makes none; compact one per branch that
     may skip, and one for the padding."""
     model, ids, gathers, init = build(family(), device=device), tokens(3, 6, device=device), [], Rows.__init__
@@ -751,17 +764,35 @@ def test_host_synchronisations(family, device, monkeypatch):
                     assert len(gathers) <= (branches + (valid is not None) if compute == "compact" else 0), (skip, kv, compute)
 
 
+@on_devices
+@families
+@pytest.mark.parametrize("kind", ["batch", "frozen", "random", "topk"])
+@torch.no_grad()
+def test_masked_never_waits_for_the_device(family, kind, device):
+    """An .item(), a nonzero or an index by mask in masked mode: training would stall a GPU at every branch. Prompts with
+    and without padding, and decoding after them."""
+    model, ids = build(family(), device=device), tokens(3, 6, device=device)
+    policy = frozen(model, ids) if kind == "frozen" else SkipPolicy(kind, 0.6)
+    for valid in (None, padding([6, 2, 4], 6, device=device)):
+        with Synchronisations() as host:
+            model(ids, valid=valid, policy=policy)
+        assert not host.seen
+        cache = new_cache(model, 3, 8)
+        model(ids, valid=valid, cache=cache, policy=policy)
+        with Synchronisations() as host:
+            model(ids[:, :1], cache=cache, policy=policy)
+        assert not host.seen
+
+
 @torch.no_grad()
 def test_masked_compiles_in_one_piece():
-    """A branch on the host, an .item() or a shape that depends on the masks: masked mode would fall apart under
-    torch.compile (fullgraph refuses any such break)."""
-    for config, kind in ((llama(), "batch"), (gemma(), "frozen")):
-        model, ids = build(config), tokens(2, 6)
-        policy = frozen(model, ids) if kind == "frozen" else SkipPolicy(kind, 0.6)
-        expected, trace = model(ids, policy=policy)
-        compiled, other = torch.compile(model, backend="eager", fullgraph=True)(ids, policy=policy)
-        same_masks(other.keep, trace.keep)
-        same(compiled, expected)
+    """A branch on the host or a shape that depends on the masks: torch.compile would cut masked mode into pieces, one or
+    more per branch (fullgraph refuses any cut)."""
+    model, ids, policy = build(llama(num_hidden_layers=2)), tokens(2, 6), SkipPolicy("batch", 0.6)
+    expected, trace = model(ids, policy=policy)
+    compiled, other = torch.compile(model, backend="eager", fullgraph=True)(ids, policy=policy)
+    same_masks(other.keep, trace.keep)
+    same(compiled, expected)
 
 
 # Alone and in a batch.
@@ -787,6 +818,12 @@ def test_frozen_gives_a_prompt_the_same_tokens_in_any_batch(family, compute, dev
                 same_masks([m[row, -n:] for m in trace.keep], [m[0] for m in alone[i][1][step].keep])
             assert torch.equal(new[row], alone[i][0][0])
     mixed([m[0] for m in alone[0][1][0].keep], torch.ones(7, dtype=torch.bool, device=device))
+    single, valid = in_float32(model), padding(lengths, 7, device=device)
+    masks = model(prompts, valid=valid, policy=policy)[1].keep
+    together = single(prompts, valid=valid, policy=given(masks), compute=compute)[0]
+    for i, n in enumerate(lengths):
+        only = single(prompts[i:i + 1, 7 - n:], policy=given([m[i:i + 1, 7 - n:] for m in masks]), compute=compute)[0]
+        close_in_float32(together[i, 7 - n:], only[0])
 
 
 @on_devices
