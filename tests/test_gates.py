@@ -140,7 +140,7 @@ def test_quantile_takes_any_shape_and_float32():
     """A quantile along one dimension only, or arithmetic in float32: tau would lie a rounding step off between close scores."""
     rng = np.random.default_rng(2)
     for _ in range(200):
-        scores, q = rng.random((3, 4), dtype=np.float32), rng.random()
+        scores, q = rng.standard_normal((3, 4)).astype(np.float32), rng.random()
         assert abs(quantile_threshold(torch.from_numpy(scores), q).item() - np.quantile(scores.astype(np.float64), q)) <= 1e-12
 
 
@@ -197,6 +197,8 @@ def test_nothing_skipped_where_there_is_nothing_to_rank():
     for budget in (1e-6, 0.3, 0.999, 1.0):
         assert select_tokens(torch.tensor([[0.4]]), budget).all()
         assert select_tokens(torch.full((3, 5), 0.4), budget).all()
+        valid = torch.tensor([[True, False, True]])
+        assert torch.equal(select_tokens(torch.tensor([[0.4, 0.9, 0.4]]), budget, valid), valid)      # padding scores highest
 
 
 def test_ties():
