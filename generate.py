@@ -210,11 +210,11 @@ def main(argv=None):
         texts = args.prompt + [prompt_text(q) for q in args.question]
     prompts = [tokenizer.encode(t, add_special_tokens=not args.chat).ids for t in texts]    # a chat template brings its own
 
-    stream, shown = len(prompts) == 1 and not args.show_compute, [""]
+    stream, streamed, shown = len(prompts) == 1 and not args.show_compute, [], [""]
 
-    def on_token(i, token, ids=[]):
-        ids.append(token)
-        text = tokenizer.decode(ids)
+    def on_token(i, token):
+        text = tokenizer.decode(streamed + [token])
+        streamed.append(token)
         if not text.endswith("\ufffd"):                          # half a character waits for its other half
             print(text[len(shown[0]):], end="", flush=True)
             shown[0] = text

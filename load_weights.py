@@ -311,7 +311,7 @@ def chat_template(model, messages):
     try:
         settings = json.loads(model.side_files.get("tokenizer_config.json", b"{}"))
         template = model.side_files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-        if not isinstance(template, str):
+        if not template or not isinstance(template, str):
             raise InputError(f"{model.source} has no chat template: leave --chat out")
         text = lambda token: token["content"] if isinstance(token, dict) else token or ""
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])

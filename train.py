@@ -28,7 +28,7 @@ from model import SHAPES, Model
 
 # The defaults of the flags are Table 15 of the paper; a preset changes what its model needs.
 PRESETS = {
-    "tiny": dict(model="examples/tiny-llama", data="arithmetic", steps=1500, batch_size=8, seq_len=160, lr=1e-3, warmup=50),
+    "tiny": dict(model="examples/tiny-llama", data="arithmetic", steps=1800, batch_size=8, seq_len=160, lr=1e-3, warmup=50),
     "llama-3.2-1b": dict(model="meta-llama/Llama-3.2-1B"),
     "llama-3.2-3b": dict(model="meta-llama/Llama-3.2-3B", checkpoint_activations=True),
     "llama-3.1-8b": dict(model="meta-llama/Llama-3.1-8B", checkpoint_activations=True, freeze_backbone=True, lr=1e-4),
@@ -36,7 +36,8 @@ PRESETS = {
 }
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)            # calibrated as far down as training went
 HELD_OUT, CONTINUE = 64, 96                                      # calibration sequences, tokens to continue each by
-NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every")   # flags that a resumed run may change
+NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",           # flags that a resumed run may change
+                "eval_limit", "calibrate", "calibration_sequences")
 
 
 def parse_args(argv):
@@ -50,6 +51,7 @@ def parse_args(argv):
     add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
     add("--eval-limit", type=int, default=200, help="problems in that table")
+    add("--calibration-sequences", type=int, default=HELD_OUT, help="how many of the held-out ones to calibrate on")
     add("--calibrate", type=float, nargs="+", metavar="BUDGET", default=BUDGETS, help="budgets to calibrate at the end, as far down as training went")
     add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
@@ -96,7 +98,7 @@ def parse_args(argv):
         check_budget(budget)
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
-    for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_limit"):
+    for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_limit", "calibration_sequences"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if not (math.isfinite(args.lr) and args.lr > 0 and math.isfinite(args.sparsity_weight) and args.sparsity_weight >= 0 and args.warmup >= 0):
@@ -165,8 +167,8 @@ def open_run(args, settings):
             state = torch.load(path, weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise InputError(f"--resume: {path} is damaged; start again with --overwrite") from None
-        different = [f"--{key.replace('_', '-')} {settings[key]} (was {old})" for key, old in state["settings"].items()
-                     if settings.get(key) != old]
+        was = state["settings"]
+        different = [f"--{key.replace('_', '-')} {value} (was {was.get(key)})" for key, value in settings.items() if was.get(key) != value]
         if different:
             raise InputError(f"--resume: {out} was started with other settings: {', '.join(different)}")
         lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]           # cut back to the checkpoint
@@ -291,6 +293,8 @@ def load_sets(args, tokenizer, eos_id):
     if args.eval_data:
         texts["eval"] = load_examples(args.eval_data, "test", args.eval_limit)
     sets, dropped = {}, 0
+    for name in ("calibration", "check"):
+        texts[name] = texts[name][:args.calibration_sequences]
     for name, examples in texts.items():
         sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
         dropped += n

@@ -238,7 +238,7 @@ def test_keep_highest_is_exact_and_stable():
     assert keep_highest(ranking, 3, torch.ones(2, 3, dtype=torch.bool)).tolist() == [[True, True, False], [False, False, True]]
     valid = torch.tensor([[False, True, True], [True, True, False]])
     assert keep_highest(ranking, 2, valid).tolist() == [[False, True, True], [False, False, False]]
-    assert keep_highest(ranking, 0, valid).sum() == 0 and torch.equal(keep_highest(ranking, 4, valid), valid)
+    assert keep_highest(ranking, 0, valid).sum() == 0 and torch.equal(keep_highest(ranking, 9, valid), valid)
 
 
 # Policies.
