@@ -124,8 +124,8 @@ def quantile_threshold(scores, q, valid=None):
     pos = torch.where((pos - pos.round()).abs() < 1e-9, pos.round(), pos)   # 0.15 * 20 is 3, not 2.9999999999999996
     i = pos.floor().clamp(min=0).long()
     alpha = pos - i
-    above = s[torch.minimum(i + 1, n - 1).clamp(min=0)]          # at i = n-1 there is no s[i+1], and alpha is 0
-    return torch.where(alpha > 0, s[i] + alpha * (above - s[i]), s[i])      # line 5
+    below, above = s.take(i), s.take(torch.minimum(i + 1, n - 1).clamp(min=0))   # at i = n-1 there is no s[i+1], and alpha is 0
+    return torch.where(alpha > 0, below + alpha * (above - below), below)        # line 5; take: s[i] would go to the host
 
 
 def select_tokens(scores, budget, valid=None):

@@ -7,7 +7,6 @@ Shapes: B batch, S sequence (the tokens of this call), T key positions, H hidden
 key-value heads, D head dim, N rows that run in compact mode, M the most of them in one sequence.
 """
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +183,9 @@ class Call:
     cos: torch.Tensor               # (B or 1, S, 1, D)
     sin: torch.Tensor
     plain: bool                     # no padding, and every row at the same positions
+    span: int                       # no position reaches this
+    everyone: torch.Tensor          # valid, as a mask even where that is None
+    valid_rows: Rows = None         # compact with padding: the rows of valid
     cache: KVCache = None
     fresh: bool = True              # nothing cached before this call: its own keys are all there is
     where: object = None            # where KVCache.write puts this call's tokens
@@ -194,15 +196,6 @@ class Call:
     def keys(self):
         """How many key positions attention multiplies with."""
         return self.shape[1] if self.fresh else self.cache.used
-
-    @cached_property
-    def everyone(self):
-        """valid, as a mask even where it is None."""
-        return torch.ones(self.shape, dtype=torch.bool, device=self.positions.device) if self.valid is None else self.valid
-
-    @cached_property
-    def valid_rows(self):
-        return None if self.valid is None else Rows(self.valid)
 
     def decide(self, branch, scores):
         """keep mask (B, S) of a branch, or None where nothing is skipped or padded."""
@@ -221,7 +214,7 @@ class Call:
 
     def mask(self, window, rows, need_mask):
         """(additive mask (B or 1, 1, M, T) or None, is_causal). need_mask: soft-capped attention has no is_causal."""
-        if window is not None and self.keys <= window:
+        if window is not None and max(self.keys, self.span) <= window:
             window = None
         if self.plain and window is None:
             if self.shape[1] == 1:
@@ -532,8 +525,10 @@ class Model(nn.Module):
         where = None
         if cache is not None:
             room = cache.k[0].shape[2]
+            taken = positions + 1 if valid is None else torch.where(valid, positions + 1, 0)
+            lengths = torch.maximum(cache.lengths, taken.amax(1))                # (B,)
             if end > room:                                                       # padding may have inflated the bound
-                end = int(positions.max()) + 1
+                end = int(lengths.max())                                         # a host synchronisation
             if end > room:
                 raise ValueError(f"the cache has {room} slots and this call needs {end}: make it longer")
             if plain:
@@ -545,10 +540,9 @@ class Model(nn.Module):
             else:
                 row, column = valid.nonzero(as_tuple=True)                       # a host synchronisation, with padding only
                 where = row, column, positions[row, column]
-            cache.used, cache.uniform = end, plain
-            if valid is None:
-                cache.lengths = torch.maximum(cache.lengths, positions.amax(1) + 1)
-            else:
-                cache.lengths = torch.maximum(cache.lengths, torch.where(valid, positions + 1, 0).amax(1))
-        cos, sin = self.rope_at(positions, end, h)
-        return Call((B, S), valid, policy, compute == "compact", positions, cos, sin, plain, cache, fresh, where)
+            cache.used, cache.uniform, cache.lengths = end, plain, lengths
+        cos, sin = self.rope_at(positions, end + 1, h)                           # + 1: padding after a full row
+        everyone = torch.ones((B, S), dtype=torch.bool, device=h.device) if valid is None else valid
+        compact = compute == "compact"
+        valid_rows = Rows(valid) if compact and valid is not None else None
+        return Call((B, S), valid, policy, compact, positions, cos, sin, plain, end, everyone, valid_rows, cache, fresh, where)

@@ -52,7 +52,7 @@ def parse_args(argv):
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
     add("--eval-limit", type=int, default=200, help="problems in that table")
     add("--calibration-sequences", type=int, default=HELD_OUT, help="how many of the held-out ones to calibrate on")
-    add("--calibrate", type=float, nargs="+", metavar="BUDGET", default=BUDGETS, help="budgets to calibrate at the end, as far down as training went")
+    add("--calibrate", type=float, nargs="+", metavar="BUDGET", help="budgets to calibrate at the end; default: 0.95, 0.9, ... as far down as training went")
     add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")
@@ -94,7 +94,7 @@ def parse_args(argv):
     p.set_defaults(preset=preset, **PRESETS.get(preset, {}))
     args = p.parse_args(argv)
 
-    for budget in (args.budget_start, args.budget_end, *args.calibrate):
+    for budget in (args.budget_start, args.budget_end, *(args.calibrate or ())):
         check_budget(budget)
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
@@ -257,7 +257,7 @@ def finish(model, args, sets, out, step, say):
             room = config.max_position_embeddings - max(map(len, prompts))
             return generate(model, prompts, min(CONTINUE, room), policy, eos).savings["skipped"]
 
-        budgets += sorted({b for b in (*BUDGETS, args.budget_end) if args.budget_end <= b < 1.0}, reverse=True)
+        budgets += sorted({b for b in args.calibrate or (*BUDGETS, args.budget_end) if args.budget_end <= b < 1.0}, reverse=True)
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         result = calibrate(model, [ids for ids, _ in sets["calibration"]], budgets, args.skip, args.kv, realised, say=say)
         config.gateskip.update(result, step=step)

@@ -244,7 +244,7 @@ def test_step_by_step_equals_one_pass(family, skipping, lengths, kv, compute, de
         mixed(expected.keep, everyone)
     assert S > 2 * 4 + 1                                         # well past the window
     single, single_full = in_float32(model), None
-    for cuts in ([0, 6, *range(7, S + 1)], [0, 3, 7, 8, S], [*range(S + 1)]):
+    for cuts in ([0, 6, *range(7, S + 1)], [0, 2, 7, 9, S], [*range(S + 1)]):
         cache, cache32, logits32 = new_cache(model, 3, S), new_cache(single, 3, S), []
         for a, b in zip(cuts, cuts[1:]):
             part = None if valid is None or valid[:, a:b].all() else valid[:, a:b]
@@ -668,18 +668,22 @@ def test_padding_touches_nothing(family, kind, compute, device):
 @on_devices
 @both_ways
 @families
-@torch.no_grad()
 def test_rows_of_nothing_but_padding(family, compute, device):
-    """-inf in the mask: a query that sees no key at all becomes NaN. A row without one real token, at first and later."""
+    """-inf in the mask: a query that sees no key at all becomes NaN, in the backward pass for everybody. A row without one
+    real token, at first and later."""
     model, valid, ids = build(family(), device=device), padding([6, 0, 2], 6, device=device), tokens(3, 6, device=device)
-    policy, cache = SkipPolicy("batch", 0.6), new_cache(model, 3, 9)
-    logits, trace = model(ids, valid=valid, policy=policy, cache=cache, compute=compute)
+    policy, cache, others = SkipPolicy("batch", 0.6), new_cache(model, 3, 9), [0, 2]
+    logits, trace = model(ids, valid=valid, policy=policy, compute=compute)
     assert torch.isfinite(logits).all() and all(torch.isfinite(s).all() for s in trace.scores)
-    without = model(ids[[0, 2]], valid=valid[[0, 2]], policy=policy, compute=compute)[0]
-    same(logits[[0, 2]][valid[[0, 2]]], without[valid[[0, 2]]])
-    nobody = torch.zeros(3, 1, dtype=torch.bool, device=device)
-    before = [x.clone() for x in cache.k]
-    assert torch.isfinite(model(ids[:, :1], valid=nobody, policy=policy, cache=cache, compute=compute)[0]).all()
+    without = model(ids[others], valid=valid[others], policy=policy, compute=compute)[0]
+    same(logits[others][valid[others]], without[valid[others]])
+    expected = gradients(model, without, valid[others][..., None])
+    for name, gradient in gradients(model, logits, valid[..., None]).items():
+        same(gradient, expected[name])
+    with torch.no_grad():
+        model(ids, valid=valid, policy=policy, cache=cache, compute=compute)
+        before, nobody = [x.clone() for x in cache.k], torch.zeros(3, 1, dtype=torch.bool, device=device)
+        assert torch.isfinite(model(ids[:, :1], valid=nobody, policy=policy, cache=cache, compute=compute)[0]).all()
     assert all(torch.equal(x, y) for x, y in zip(before, cache.k)) and cache.lengths.tolist() == [6, 0, 2]
 
 
@@ -922,13 +926,21 @@ def test_whole_layers_follow_their_attention(family, compute):
 
 
 @pytest.mark.parametrize("skip", GRANULARITIES)
+@families
 @torch.no_grad()
-def test_granularity_in_the_model(skip):
-    """A granularity that the model does not obey: which branches skip anything at all."""
-    trace = build(llama())(tokens(3, 8), policy=SkipPolicy("batch", 0.6, skip))[1]
-    skips = [bool((~m).any()) for m in trace.keep]
-    assert skips == {"all": [True] * 8, "layer": [True] * 8, "attn": [True, False] * 4, "mlp": [False, True] * 4,
-                     "alternate": [False, False, True, True] * 2}[skip]
+def test_granularity_in_the_model(family, skip):
+    """A granularity that the model does not obey: which branches skip anything at all. And layers that skip nothing beside
+    layers that do: a mask made for all rows used for the gathered ones."""
+    model, ids, policy = build(family(windows=[None] * 4)), tokens(3, 12), SkipPolicy("batch", 0.6, skip)
+    caches = {compute: new_cache(model, 3, 12) for compute in ("masked", "compact")}
+    for part in (ids[:, :8], ids[:, 8:]):
+        logits, trace = model(part, policy=policy, cache=caches["masked"])
+        skips = [bool((~m).any()) for m in trace.keep]
+        assert skips == {"all": [True] * 8, "layer": [True] * 8, "attn": [True, False] * 4, "mlp": [False, True] * 4,
+                         "alternate": [False, False, True, True] * 2}[skip]
+        compact, other = model(part, policy=policy, cache=caches["compact"], compute="compact")
+        same_masks(other.keep, trace.keep)
+        same(compact, logits)
 
 
 # Training.

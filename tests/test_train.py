@@ -656,7 +656,7 @@ def test_the_sets_are_disjoint(folder, tmp_path, monkeypatch, capsys, source):
         return str(tmp_path / name)
 
     problems = data.arithmetic(90)
-    args = SimpleNamespace(data="arithmetic", eval_data=None, eval_limit=20, seed=1, steps=30, batch_size=2, grad_accum=1, seq_len=160)
+    args = SimpleNamespace(data="arithmetic", eval_data=None, eval_limit=20, calibration_sequences=8, seed=1, steps=30, batch_size=2, grad_accum=1, seq_len=160)
     if source != "arithmetic":
         args.data = file("data.jsonl", problems + problems[:20])         # some twice
     if source == "file and eval file":
