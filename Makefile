@@ -12,7 +12,7 @@ demo: setup
 	$(PY) train.py --gate scalar --sparsity-weight 1.0 --schedule uniform --budget-end 0.7 --compute compact --out runs/demo --overwrite
 	$(PY) eval_gsm8k.py --model runs/demo --dense examples/tiny-llama
 	$(PY) generate.py --model runs/demo --budget 0.85 --show-compute \
-		--question "Tom has 31 red pens and 14 blue pens. Then he gives 9 of them to Ann. How many pens does Tom have now?"
+		--question "Tom has 31 red pens and 14 blue pens. Then he gives Ann 9. How many pens does Tom have now?"
 
 test: setup
 	$(PY) -m pytest -q tests

@@ -264,33 +264,33 @@ BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Dan")
 GIRLS = ("Ann", "Eva", "Mia", "Zoe", "Sue", "Kim")
 THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "nuts", "pens", "shells", "stamps", "stones", "toys")
 
-OPENINGS = (  # x op k; in the answer: "Tom has {x} {op} {k} = {y} apples."
-    ("*", "{name} buys {x} boxes with {k} {things} in each box."),
-    ("*", "There are {k} {things} in a bag, and {name} has {x} bags."),
-    ("*", "Each day for {x} days, {name} finds {k} {things}."),
+OPENINGS = (  # x op k; in the answer: "Tom has {x}{op}{k}={y} apples."
+    ("*", "{name} buys {x} boxes of {k} {things}."),
+    ("*", "{name} finds {k} {things} a day for {x} days."),
+    ("*", "In each of {x} bags {name} has {k} {things}."),
     ("+", "{name} has {x} red {things} and {k} blue {things}."),
-    ("+", "{name} finds {x} {things} on Monday and {k} more on Friday."),
-    ("-", "{name} had {x} {things} at home, but {k} are lost."),
-    ("-", "There are {x} {things} in a box, and {name} buys all but {k}."),
-    ("/", "Some friends share {x} {things} equally. {name} is one of the {k} friends."),
+    ("+", "{name} finds {x} {things} on Monday and {k} on Friday."),
+    ("-", "{name} had {x} {things} and lost {k}."),
+    ("-", "{name} buys all but {k} of {x} {things}."),
+    ("/", "{name} and friends, {k} in all, share {x} {things}."),
 )
-EVENTS = (  # x is the number so far; in the answer: "Now {x} {op} {k} = {y}."
+EVENTS = (  # x is the number so far; in the answer: "Now {x}{op}{k}={y}."
     ("+", "Then {he} buys {k} more."),
-    ("+", "A friend gives {him} {k} more."),
-    ("+", "Later {he} finds {k} more."),
-    ("-", "Then {he} gives {k} of them to {friend}."),
-    ("-", "On the way home {he} lost {k}."),
-    ("-", "Then {he} sells {k}."),
+    ("+", "{friend} gives {him} {k} more."),
+    ("+", "Later {he} finds {k}."),
+    ("-", "Then {he} gives {friend} {k}."),
+    ("-", "On the way {he} lost {k}."),
+    ("-", "Later {he} sells {k}."),
     ("*", "By Friday {he} has {times} as many."),
-    ("/", "{He} puts them in {k} equal piles and keeps one."),
+    ("/", "{He} keeps one of {k} equal piles."),
 )
 ENDINGS = (  # steps, op, question, answer
     (0, "", "How many {things} does {name} have now?", ""),
-    (1, "*", "{He} sells all of them for {k} dollars each. How many dollars does {he} get?", "{He} gets {step} dollars."),
-    (1, "/", "{He} puts them in bags of {k}. How many bags does {he} fill?", "{He} fills {step} bags."),
-    (2, "+", "{friend} has {k} more than {name}. How many {things} do they have together?", "{friend} has {step}."),
-    (2, "-", "{friend} has {k} fewer than {name}. How many {things} do they have together?", "{friend} has {step}."),
-    (2, "*", "{friend} has {times} as many as {name}. How many {things} do they have together?", "{friend} has {step}."),
+    (1, "*", "{He} sells all for {k} dollars each. How many dollars does {he} get?", "{He} gets {step} dollars."),
+    (1, "/", "How many bags of {k} does {he} fill?", "{He} fills {step} bags."),
+    (2, "+", "{friend} has {k} more. How many do they have together?", "{friend} has {step}."),
+    (2, "-", "{friend} has {k} fewer. How many do they have together?", "{friend} has {step}."),
+    (2, "*", "{friend} has {times} as many. How many do they have together?", "{friend} has {step}."),
 )
 OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
 
@@ -307,11 +307,11 @@ def _operands(op, x):
 
 
 def _problem(rng):
-    """-> one random Example of 2 to 4 steps, or None if the numbers drawn lead into a dead end."""
+    """-> one random Example of 2 or 3 steps, or None if the numbers drawn lead into a dead end."""
     name, friend = rng.sample(BOYS + GIRLS, 2)
     he, him = ("he", "him") if name in BOYS else ("she", "her")
     words = dict(name=name, friend=friend, he=he, He=he.capitalize(), him=him, things=rng.choice(THINGS))
-    steps = rng.randint(2, 4)
+    steps = rng.randint(2, 3)
     ending_steps, ending_op, ending, ending_answer = rng.choice([e for e in ENDINGS if e[0] < steps])
     opening_op, opening = rng.choice(OPENINGS)
     story = [(opening_op, opening, "{name} has {step} {things}.")]
@@ -326,7 +326,7 @@ def _problem(rng):
             return None
         k = rng.choice(choices)
         y = OPERATIONS[op](x, k)
-        words.update(x=x, k=k, times="twice" if k == 2 else f"{k} times", step=f"{x} {op} {k} = {y}")
+        words.update(x=x, k=k, times="twice" if k == 2 else f"{k} times", step=f"{x}{op}{k}={y}")
         asked.append(sentence.format(**words))
         worked.append(solution.format(**words))
     if ending_steps == 0:
@@ -334,7 +334,7 @@ def _problem(rng):
     if ending_steps == 2:
         if x + y > 99:
             return None
-        worked.append(f"Together {x} + {y} = {x + y}.")
+        worked.append(f"Together {x}+{y}={x + y}.")
         y = x + y
     return Example(" ".join(asked), " ".join(worked), str(y))
 

@@ -28,7 +28,7 @@ from model import SHAPES, Model
 
 # The defaults of the flags are Table 15 of the paper; a preset changes what its model needs.
 PRESETS = {
-    "tiny": dict(model="examples/tiny-llama", data="arithmetic", steps=1800, batch_size=8, seq_len=160, lr=1e-3, warmup=50),
+    "tiny": dict(model="examples/tiny-llama", data="arithmetic", steps=1800, batch_size=8, seq_len=96, lr=1e-3, warmup=50),
     "llama-3.2-1b": dict(model="meta-llama/Llama-3.2-1B"),
     "llama-3.2-3b": dict(model="meta-llama/Llama-3.2-3B", checkpoint_activations=True),
     "llama-3.1-8b": dict(model="meta-llama/Llama-3.1-8B", checkpoint_activations=True, freeze_backbone=True, lr=1e-4),

@@ -266,7 +266,7 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, name, content, complaint):
 
 # The built-in problems.
 
-EQUATION = r"\d+ [-+*/] \d+ = \d+"
+EQUATION = r"\d+[-+*/]\d+=\d+"
 THINGS = "|".join(data.THINGS)
 
 
@@ -275,11 +275,11 @@ def test_problems_are_right(problems, split):
     """A wrong equation, a number not taken over from the question or the step before, a wrong or too large answer."""
     operators = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__}
     for question, reasoning, answer in problems[split]:
-        equations = [(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", reasoning)]
+        equations = [(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", reasoning)]
         assert re.fullmatch(rf"\w+ has {EQUATION} ({THINGS})\."
                             rf"( (Now|\w+ has|Together|S?[Hh]e \w+) {EQUATION}( bags| dollars)?\.)+", reasoning)
         assert re.search(THINGS, question)[0] == re.search(THINGS, reasoning)[0]
-        assert 2 <= len(equations) <= 4 and int(answer) == equations[-1][3]
+        assert 2 <= len(equations) <= 3 and int(answer) == equations[-1][3]
         known = {int(number) for number in re.findall(r"\d+", question)} | ({2} if "twice" in question else set())
         for i, (a, op, b, c) in enumerate(equations):
             assert operators[op](a, b) == c and all(2 <= number <= 99 for number in (a, b, c))
@@ -291,7 +291,7 @@ def test_problems_are_right(problems, split):
 def test_problems_are_all_needed_and_varied(problems):
     """A generator stuck on one story, operation or length, or a question that mentions numbers the answer does not use."""
     text = " ".join(p.reasoning for p in problems["train"])
-    assert all(text.count(f" {op} ") > 100 for op in "+-*/")
+    assert all(len(re.findall(rf"\d{re.escape(op)}\d", text)) > 100 for op in "+-*/")
     assert min(Counter(p.reasoning.count("=") for p in problems["train"]).values()) > 100
     assert len({re.sub(r"\d+", "#", p.question) for p in problems["train"]}) > 500
     for question, reasoning, _ in problems["train"]:
@@ -317,8 +317,8 @@ def test_problems_are_seeded(problems):
     assert data.arithmetic(50, "test", seed=0) == problems["test"][:50]
     # The committed model was trained on these problems: whoever changes them has to train it anew.
     assert problems["test"][0] == Example(
-        "Zoe had 31 coins at home, but 15 are lost. Then she gives 5 of them to Sue. On the way home she lost 7. "
-        "How many coins does Zoe have now?", "Zoe has 31 - 15 = 16 coins. Now 16 - 5 = 11. Now 11 - 7 = 4.", "4")
+        "In each of 2 bags Leo has 9 stamps. Ben has twice as many. How many do they have together?",
+        "Leo has 2*9=18 stamps. Ben has 18*2=36. Together 18+36=54.", "54")
     assert random.getstate() == before
     assert not set(data.arithmetic(50, "test", seed=1)) & set(problems["test"])
 
@@ -327,13 +327,13 @@ def test_the_problem_space_is_large():
     """So few possible problems that a model could learn them by heart: 2,000 draws would then repeat many."""
     rng = random.Random(5)
     draws = [problem.question for problem in (data._problem(rng) for _ in range(3200)) if problem]
-    assert len(draws) > 1500 and len(draws) - len(set(draws)) <= 3  # about 0.3 are expected of 7 million problems
+    assert len(draws) > 1500 and len(draws) - len(set(draws)) <= 3  # about 0.7 are expected of 3.5 million problems
 
 
 def test_problems_fit_the_demo(tokenizer, problems):
-    """Stories grown so long that the demo's 128 tokens no longer hold them, or that training takes twice as long."""
-    items, dropped = data.encode_all(problems["train"], tokenizer, EOS, seq_len=128)
-    assert dropped == 0 and sum(len(ids) for ids, _ in items) / len(items) < 92
+    """Stories grown so long that the demo's 96 tokens no longer hold them, or that training takes twice as long."""
+    items, dropped = data.encode_all(problems["train"], tokenizer, EOS, seq_len=96)
+    assert dropped == 0 and sum(len(ids) for ids, _ in items) / len(items) < 70
 
 
 def test_load_examples(tmp_path):

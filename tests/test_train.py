@@ -434,10 +434,11 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
     flags = {key: value for key, value in VARIANTS[name].items() if value is not True}
     switches = [f"--{key.replace('_', '-')}" for key, value in VARIANTS[name].items() if value is True]
     modes, forward = [], Model.forward
-    monkeypatch.setattr(Model, "forward", lambda *args, compute, **rest: modes.append(compute) or forward(*args, compute=compute, **rest))
+    monkeypatch.setattr(Model, "forward", lambda *args, **rest: modes.append((rest["compute"], rest["policy"].kv)) or forward(*args, **rest))
     for compute in ("masked", "compact"):                        # one sequence: no ties between rows of a batch
         assert run(folder, tmp_path / compute, *switches, steps=3, batch_size=1, warmup=3, budget_start=0.9, budget_end=0.7, compute=compute, **flags) == 0
-    assert modes == ["masked"] * 3 + ["compact"] * 3
+    kv = VARIANTS[name].get("kv", "copy_up")
+    assert modes == [("masked", kv)] * 3 + [("compact", kv)] * 3
     masked, compact = metrics(tmp_path / "masked"), metrics(tmp_path / "compact")
     for a, b in zip(masked, compact, strict=True):
         assert a["skipped"] == b["skipped"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -450,7 +451,7 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
         assert model.config.gate is None and masked[-1]["skipped"] == 0
     else:
         assert model.config.gate == GateConfig(form=VARIANTS[name].get("gate", "vector"), **wanted)
-        assert model.config.gateskip["skip"] == VARIANTS[name].get("skip", "all") and model.config.gateskip["kv"] == VARIANTS[name].get("kv", "copy_up")
+        assert model.config.gateskip["skip"] == VARIANTS[name].get("skip", "all") and model.config.gateskip["kv"] == kv
     share = SkipPolicy(skip=VARIANTS[name].get("skip", "all")).skippable_share(2) * (name != "none")
     assert 0.29 * share <= masked[-1]["skipped"] < 0.45 * share or share == 0
 
