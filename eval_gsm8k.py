@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import encode_prompt, load_examples
 from gates import InputError, check_budget
 from generate import generate, make_policy, pick_device
-from load_weights import load_model, load_tokenizer
+from load_weights import load_model, load_tokenizer, read_json
 
 TARGETS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)                    # the columns of the paper's Table 1
 
@@ -84,6 +84,16 @@ def run_row(name, model, tokenizer, examples, kind, budget, args):
             "macs_saved": 1 - sums[4] / sums[5], "seconds": round(time.perf_counter() - started, 2)}
 
 
+def rows_of(file):
+    """The GateSkip rows of an eval.json that this program wrote, named after its run. InputError if it is none."""
+    try:
+        stored = read_json(file)
+        name = f"GateSkip, {Path(stored['settings']['model']).name}"
+        return [{**r, "row": name} for r in stored["rows"] if r["row"] == "GateSkip"]
+    except (KeyError, TypeError):
+        raise InputError(f"--compare {file} is no eval.json of this program: give one from another run's --out") from None
+
+
 def plot(rows, path):
     """Accuracy against what was skipped, and against MACs saved, with standard errors."""
     try:
@@ -120,6 +130,7 @@ def main(argv=None):
     add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto", help="of the GateSkip row; batch depends on --batch-size")
     add("--batch-size", type=int, default=100)
     add("--max-new-tokens", type=int, default=96)
+    add("--compare", nargs="+", default=[], metavar="FILE", help="eval.json of other runs, whose GateSkip rows join the picture")
     add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
     add("--seed", type=int, default=0, help="of random skipping")
     add("--device", help="default: cuda if there is one, else cpu")
@@ -130,6 +141,7 @@ def main(argv=None):
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 1:
         raise InputError("--batch-size, --max-new-tokens and --limit must be at least 1")
 
+    others = [row for file in args.compare for row in rows_of(file)]
     examples = load_examples(args.data, "test", args.limit)
     if isinstance(examples[0], str):
         raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
@@ -162,7 +174,7 @@ def main(argv=None):
     print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS) + "   skipped (linear between the rows above; - is outside them)")
     for name, values in exact.items():
         print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
-    plot(rows, out / "eval.png")
+    plot(rows + others, out / "eval.png")
     print(f"\nwritten: {out / 'eval.json'}, {out / 'eval.png'}")
     return 0
 

@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def rope_table(config, size, device, dtype):
-    """cos and sin for positions 0 .. size-1, each (size, D), halves repeated (Hugging Face's layout).
+    """cos and sin for positions 0 .. size-1, each (size, D/2): channels d and d + D/2 turn together (Hugging Face's layout).
 
     llama3 scaling: wavelengths longer than original / low_freq_factor are stretched by factor, those shorter than
     original / high_freq_factor are left alone, and between them the two are blended.
@@ -96,14 +96,13 @@ def rope_table(config, size, device, dtype):
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         freq = freq * ((1 - keep) / s["factor"] + keep)
     angles = torch.arange(size, device=device, dtype=torch.float32)[:, None] * freq     # (size, D/2)
-    angles = torch.cat([angles, angles], dim=-1)                                 # (size, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (d, d + D/2). x (..., heads, D); cos, sin (..., 1, D)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+    """Rotate channel pairs (d, d + D/2). x (..., heads, D); cos, sin (..., 1, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)                                                  # (..., heads, D/2) each
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,17 +146,19 @@ class Rows:
     def __init__(self, keep):
         batch, length = keep.shape
         host = keep.cpu()                                                        # the synchronisation
-        seq, pos = host.nonzero(as_tuple=True)                                   # (N,), (N,) sorted by sequence
-        self.count = len(seq)
+        self.count = int(host.sum())                                             # N
         self.every = self.count == keep.numel()
-        self.longest = int(host.sum(1).max()) if self.count else 0               # M
+        if self.every or self.count == 0:                                        # nothing to gather
+            return
+        seq, pos = host.nonzero(as_tuple=True)                                   # (N,), (N,) sorted by sequence
+        self.longest = int(host.sum(1).max())                                    # M
         column = (host.cumsum(1) - 1)[seq, pos]                                  # place among its sequence's kept rows
         self.seq, self.pos, self.column = (i.to(keep.device, non_blocking=True) for i in (seq, pos, column))
         self.flat = self.seq * length + self.pos                                 # (N,)
 
     def take(self, x):
         """(B, S, ...) -> (N, ...)"""
-        return x.flatten(0, 1)[self.flat]
+        return x.flatten(0, 1).index_select(0, self.flat)
 
     def put(self, x, rows):
         """x (B, S, ...) with these rows replaced by rows (N, ...)"""
@@ -180,7 +181,7 @@ class Call:
     policy: SkipPolicy
     compact: bool
     positions: torch.Tensor         # (B, S), or (1, S) where all rows agree
-    cos: torch.Tensor               # (B or 1, S, 1, D)
+    cos: torch.Tensor               # (B or 1, S, 1, D/2)
     sin: torch.Tensor
     plain: bool                     # no padding, and every row at the same positions
     span: int                       # no position reaches this
@@ -296,7 +297,7 @@ class Attention(nn.Module):
         return torch.where(own[..., None, None], k, fill[0]), torch.where(own[..., None, None], v, fill[1])
 
     def rope_rows(self, rows, call):
-        """cos and sin of the gathered rows, (N, 1, D): a kept token keeps its absolute position."""
+        """cos and sin of the gathered rows, (N, 1, D/2): a kept token keeps its absolute position."""
         expand = lambda table: table.expand(*call.shape, -1, -1)
         return rows.take(expand(call.cos)), rows.take(expand(call.sin))
 
@@ -458,7 +459,7 @@ class Model(nn.Module):
         return owner["self_attn_gate"], owner["mlp_gate"]
 
     def rope_at(self, positions, size, like):
-        """cos, sin (B or 1, S, 1, D), gathered by absolute position from a table that is built once and grows."""
+        """cos, sin (B or 1, S, 1, D/2), gathered by absolute position from a table that is built once and grows."""
         if self.rope is None or self.rope[0].shape[0] < size or self.rope[0].device != like.device or self.rope[0].dtype != like.dtype:
             size = max(size, min(256, self.config.max_position_embeddings))
             self.rope = rope_table(self.config, 1 << (size - 1).bit_length(), like.device, like.dtype)

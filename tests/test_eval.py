@@ -167,6 +167,20 @@ def test_results_go_beside_a_local_model(folders, tmp_path, monkeypatch):
     assert (tmp_path / "model" / "eval.json").is_file() and (tmp_path / "model" / "eval.png").read_text() == "model"
 
 
+def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
+    """A comparison that draws the other run's baselines too, or mixes the rows into this run's table; a foreign file with a traceback."""
+    drawn = []
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], r["budget"]) for r in rows]))
+    row = {"row": "GateSkip", "budget": 0.9, "skipped": 0.1, "accuracy": 0.5, "stderr": 0.1, "macs_saved": 0.0, "n": 5}
+    (tmp_path / "other.json").write_text(json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]}))
+    result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(tmp_path / "other.json"))
+    assert drawn == [[("GateSkip", 0.8), ("random ranks, gated", 0.8), ("GateSkip, linear", 0.9)]] and len(result["rows"]) == 2
+    for bad in ('{"rows": []}', "[]", "{"):
+        (tmp_path / "other.json").write_text(bad)
+        with pytest.raises(InputError, match="other.json"):
+            evaluate(folders, tmp_path / "new", "--compare", str(tmp_path / "other.json"))
+
+
 def test_no_picture_without_matplotlib(folders, tmp_path, monkeypatch, capsys):
     """A traceback after hours of evaluation because matplotlib is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

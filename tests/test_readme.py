@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import data
 import eval_gsm8k
 import generate
 import train
-from load_weights import load_tokenizer, new_model, read_json, save_model
+from load_weights import config_from_hf, load_tokenizer, new_model, read_json, save_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 # argparse takes the last value: what makes a command small enough for a test
 SMALL = {"train.py": "--steps 2 --batch-size 4 --seq-len 160 --warmup 1 --save-every 2 --eval-limit 8",
-         "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8"}
+         "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8",
+         "bench.py": "--repeats 1 --device cpu"}
 
 
 def readme_commands():
@@ -50,6 +52,11 @@ def checkout(tmp_path, monkeypatch):
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     for preset in train.PRESETS.values():
         monkeypatch.setitem(preset, "model", "examples/tiny-llama")
+    for name in bench.BENCH_SHAPES:
+        monkeypatch.setitem(bench.BENCH_SHAPES, name, config_from_hf(read_json(folder / "config.json")))
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench, "bench_peer", lambda *_: [])      # transformers is no dependency
+    monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(train, "BUDGETS", (0.8,))
     monkeypatch.setattr(train, "HELD_OUT", 4)
     monkeypatch.setattr(train, "CONTINUE", 4)
@@ -66,7 +73,7 @@ def test_worked_example():
 def test_commands(checkout, monkeypatch):
     """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
     import layer_diff
-    mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main,
+    mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main, "bench.py": bench.main,
              "data.py": lambda argv: monkeypatch.setattr("sys.argv", ["data.py", *argv]) or data.main(),
              "tests/layer_diff.py": layer_diff.main}
     ran = []
@@ -82,12 +89,12 @@ def test_commands(checkout, monkeypatch):
             extra = [] if "--dry-run" in argv else shlex.split(SMALL.get(script, ""))
             assert mains[script](argv + extra) in (0, None), line
         ran.append(program if program != "python" else script)
-    assert {"make", "hf", "train.py", "eval_gsm8k.py", "generate.py", "data.py", "tests/layer_diff.py"} <= set(ran)
+    assert {"make", "hf", "train.py", "eval_gsm8k.py", "generate.py", "bench.py", "data.py", "tests/layer_diff.py"} <= set(ran)
 
 
 def test_every_flag_is_real():
     """Prose that names a flag which no command has."""
-    parsers = " ".join((ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py"))
+    parsers = " ".join((ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py", "bench.py"))
     for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
         assert f'"{flag}"' in parsers, flag
 

@@ -1,0 +1,148 @@
+"""Tests of bench.py: that what is timed is the work it says, and the table of counts. No time is asserted."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from conftest import build, llama, same, tokens
+from gates import GateConfig, InputError, count_macs
+from load_weights import load_model
+from model import SHAPES, KVCache, Model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Every shape small, and few decoding steps."""
+    for name in bench.BENCH_SHAPES:
+        monkeypatch.setitem(bench.BENCH_SHAPES, name, llama(None))
+    monkeypatch.setattr(bench, "STEPS", 3)
+
+
+def test_counts_are_those_of_the_models():
+    """A table of parameters that drifts from the code: Table 13 of the paper is of no Llama-3.2-1B."""
+    lines = bench.counts_table()[2:]
+    assert len(lines) == 3 * len(SHAPES)
+    forms = {"vector": GateConfig(), "scalar": GateConfig("scalar")}
+    for line in lines:
+        name, form, n_gates, share, of_block, saved = (cell.strip() for cell in line.strip("|").split("|"))
+        shape = replace(SHAPES[name], gate=forms.get(form, GateConfig(arch="lowrank")))
+        with torch.device("meta"):
+            every, plain = (sum(p.numel() for p in Model(c).parameters()) for c in (shape, SHAPES[name]))
+        assert n_gates == f"{every - plain:,}" and share == f"{(every - plain) / plain:.2%}"
+        H, I, D = shape.hidden_size, shape.intermediate_size, shape.head_dim
+        block = 2 * H * D * (shape.num_attention_heads + shape.num_key_value_heads) + 3 * H * I
+        assert of_block == f"{2 * shape.gate.macs(H) / block:.2%}"
+        if name == "llama-3.2-1b":                               # design figures, from an independent count
+            assert saved == {"vector": "+0.9% / +0.5%", "scalar": "+11.8% / +11.4%"}.get(form, "+11.6% / +11.2%")
+
+
+def test_the_readme_shows_the_counts():
+    """Figures in the README that the command beside them no longer prints."""
+    assert "\n".join(bench.counts_table()) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", bench.GATES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_twins_share_the_backbone(form, tied):
+    """Gate forms timed on other weights, a second copy of 1B parameters, a parameter left without storage."""
+    model = build(llama(GateConfig(), tie_word_embeddings=tied), dtype=torch.float32)
+    twin = bench.with_gate(model, form)
+    mine = dict(model.named_parameters())
+    for name, p in twin.named_parameters():
+        assert p.device.type == "cpu" and ("_gate." in name or p is mine[name]), name
+    assert twin.config.gate == bench.GATES[form] and model.config.gate == GateConfig()
+    logits = twin(tokens(2, 5))[0]
+    assert logits.isfinite().all()
+    if form == "none":
+        assert not any("_gate." in name for name, _ in twin.named_parameters())
+
+
+@pytest.mark.parametrize("skipped", [0.15, 0.5, 0.7])
+def test_a_single_stream_skips_exactly_its_share(skipped):
+    """A batch of one that skips nothing (topk of one token keeps it), or other branches in the masked run than in the compact one."""
+    model = bench.with_gate(build(llama(None), dtype=torch.float32), "scalar")
+    traces = {c: bench.decode(model, tokens(1, 6), skipped, c)() for c in ("compact", "masked")}
+    keep = {c: torch.stack([torch.stack(t.keep).flatten() for t in ts]) for c, ts in traces.items()}
+    assert torch.equal(keep["compact"], keep["masked"]) and keep["compact"].shape == (3, 8)
+    assert (~keep["compact"]).sum().item() == round(skipped * 24)
+
+
+@pytest.mark.parametrize("work", bench.MAKERS)
+def test_every_round_is_the_same_work(work):
+    """A cache that grows from round to round, or a second round that starts where the first ended."""
+    model = bench.with_gate(build(llama(None), dtype=torch.float32), "lowrank")
+    run = bench.MAKERS[work](model, tokens(3, 6), 0.5, "compact")
+    first, second = run(), run()
+    assert [t.keys for t in first] == [t.keys for t in second] == ([7, 8, 9] if work == "decode" else [6])
+    kept = [torch.stack(t.keep).float().mean().item() for t in first]
+    assert kept == pytest.approx([2 / 3 if work == "decode" else 0.5] * len(kept))       # ceil(1.5) of 3, 9 of 18
+    if work != "train":
+        assert all(torch.equal(a, b) for x, y in zip(first, second) for a, b in zip(x.keep, y.keep))
+
+
+def test_rewind():
+    """Decoding after a rewind that still sees, or is placed behind, what the round before has written."""
+    model, ids = build(llama(GateConfig())), tokens(2, 9)
+    cache = KVCache(model.config, 2, 9, dtype=torch.float64)
+    with torch.no_grad():
+        model(ids[:, :4], cache=cache)
+        first = model(ids[:, 4:6], cache=cache)[0]
+        bench.rewind(cache, 4)
+        model(ids[:, 6:9], cache=cache)
+        bench.rewind(cache, 4)
+        same(model(ids[:, 4:6], cache=cache)[0], first)
+
+
+def test_rows(tmp_path, capsys, monkeypatch):
+    """A row without what a reader needs, a ratio upside down, an ideal that is not count_macs', a picture that is not drawn."""
+    monkeypatch.setattr(bench, "SKIPPED", (0.0, 0.5))
+    monkeypatch.setattr(bench, "CONTEXT", 6)
+    assert bench.main(["--repeats", "1", "--gate", "lowrank", "--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png"), "--device", "cpu"]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert {(r["work"], r["batch"]) for r in rows} == {("prefill", 8), ("decode", 1), ("decode", 8), ("decode", 32), ("train", 2)}
+    for r in rows:
+        assert {"work", "batch", "skipped", "gate", "ratio", "ideal", "peer", "seconds"} <= set(r)
+        full = next(q for q in rows if (q["work"], q["batch"], q["gate"], q["asked"], q["compute"]) == (r["work"], r["batch"], r["gate"], 0.0, "compact"))
+        assert r["ratio"] == pytest.approx(full["seconds"] / r["seconds"]) and r["seconds"] > 0
+    config = replace(llama(None), gate=GateConfig(arch="lowrank"))
+    row = next(r for r in rows if (r["work"], r["batch"], r["gate"], r["asked"], r["compute"]) == ("decode", 8, "lowrank", 0.5, "compact"))
+    everyone = torch.ones(8, 8, 1, dtype=torch.bool)             # (2L, B, S)
+    half = (torch.arange(8) < 4).view(1, 8, 1).expand(8, 8, 1)
+    full, run = (sum(int(count_macs(config, keep, everyone[0], keys, 8, gate=config.gate)) for keys in (7, 8, 9)) for keep in (everyone, half))
+    assert row["ideal"] == pytest.approx(full / run) and row["skipped"] == 0.5
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") >= 5 * 3 and "lowrank" in printed
+
+
+def test_quick_and_a_model_of_ones_own(tmp_path, capsys):
+    """--quick that does everything, or --model that times random weights."""
+    model = ROOT / "tests/golden/llama_rope3"
+    assert bench.main(["--quick", "--repeats", "1", "--model", str(model), "--png", str(tmp_path / "b.png")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("prefill", "decode", "train"))]
+    assert len(lines) == 3 and all("2 x 256" in line for line in lines)
+
+
+def test_bad_input_is_refused(monkeypatch):
+    """A traceback where transformers is missing, or a peer compared with other weights than ours."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    for argv, complaint in ((["--peer", "transformers"], "--peer needs --model"), (["--repeats", "0"], "--repeats"),
+                            (["--peer", "transformers", "--model", "somewhere"], "pip install transformers")):
+        with pytest.raises(InputError, match=complaint):
+            bench.main(argv)
+
+
+def test_worker_loads_in_a_process_of_its_own():
+    """A loading time that counts the imports, or a worker that hangs after it has answered."""
+    folder = ROOT / "tests/golden/llama_rope3"
+    peer = bench.Peer("ours", folder)
+    peer.close()
+    assert 0 < peer.loaded["seconds"] and peer.loaded["peak_mb"] >= 0 and peer.process.returncode == 0
+    assert load_model(folder).config.gate is None
+    with pytest.raises(InputError, match="peer process stopped"):
+        bench.Peer("ours", "no/such/folder")
