@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -23,6 +24,22 @@ def check_budget(budget):
     if not 0.0 < budget <= 1.0:
         raise InputError(f"budget {budget} is outside (0, 1]: it is the share of tokens a branch keeps, for example 0.85")
     return budget
+
+
+class Linear(nn.Linear):
+    """x W^T + b, (..., in) -> (..., out). Construction draws no weights: init_weights or a checkpoint fills them.
+
+    Without gradients on a CPU the product is oneDNN's, float32 like PyTorch's default but 1.3 to 3 times as fast for the
+    few rows that skipping leaves (NOTES.md).
+    """
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,8 +90,8 @@ class Gate(nn.Module):
         super().__init__()
         inner, out = config.widths(hidden)
         self.arch = config.arch
-        self.inner = nn.Linear(hidden, inner, bias=config.arch == "mlp") if inner else None
-        self.out = nn.Linear(inner or hidden, out)
+        self.inner = Linear(hidden, inner, bias=config.arch == "mlp") if inner else None
+        self.out = Linear(inner or hidden, out)
 
     def forward(self, x):
         """x (B, S, H) -> gate (B, S, H) or (B, S, 1), scores (B, S); both in the gate's dtype."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gates import Gate, GateConfig, InputError, SkipPolicy, Trace
+from gates import Gate, GateConfig, InputError, Linear, SkipPolicy, Trace
 
 
 @dataclass
@@ -267,10 +267,10 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         H, D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(H, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(H, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=False)
+        self.q_proj = Linear(H, config.num_attention_heads * D, bias=False)
+        self.k_proj = Linear(H, config.num_key_value_heads * D, bias=False)
+        self.v_proj = Linear(H, config.num_key_value_heads * D, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * D, H, bias=False)
         self.layer, self.head_dim, self.softcap = layer, D, config.attn_softcap
         self.scale = config.attn_scale or D ** -0.5
         self.window = config.windows[layer] if config.windows else None
@@ -326,9 +326,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.gemma = config.gemma
 
     def forward(self, x):                                        # (..., H) -> (..., H)
@@ -419,14 +419,14 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False),   # drawn later
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
             "norm": RMSNorm(config),
         })
         if config.gate is not None and config.gate.shared:
             self.model["self_attn_gate"] = Gate(config.gate, config.hidden_size)
             self.model["mlp_gate"] = Gate(config.gate, config.hidden_size)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight              # shared, not copied
         self.rope = None
