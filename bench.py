@@ -230,8 +230,10 @@ def plot(rows, path):
 
 def worker(kind, folder):
     """Load the model as `kind` ("ours", "eager", "sdpa": transformers), report time and memory, then time work on request."""
-    import resource
-    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024           # MB, the most so far
+    def memory():                                                # MB, the most so far (Linux; getrusage would count the parent's)
+        status = Path("/proc/self/status")
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024 if status.exists() else float("nan")
+
     if kind != "ours":
         from transformers import AutoModelForCausalLM
     before, started = memory(), time.perf_counter()
@@ -335,6 +337,10 @@ def main(argv=None):
         return worker(args.worker, args.model)
     if args.repeats < 1:
         raise InputError("--repeats must be at least 1")
+    if not args.png.endswith(".png"):
+        raise InputError(f"--png {args.png} must end in .png")
+    for path in filter(None, (args.png, args.json)):             # before the work, not after it
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.peer and not args.model:
         raise InputError("--peer needs --model: a folder that transformers can open too")
     if args.peer and find_spec("transformers") is None:
@@ -364,7 +370,6 @@ def main(argv=None):
         rows += bench_peer(models["none"], args.model, [("prefill", ids(8, 512)), ("decode", ids(1, CONTEXT)), ("decode", ids(8, CONTEXT))], args)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
-    Path(args.png).parent.mkdir(parents=True, exist_ok=True)
     plot(rows, args.png)
     print(f"\nwritten: {args.png}" + (f", {args.json}" if args.json else ""))
     return 0

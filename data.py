@@ -198,6 +198,9 @@ def _jsonl_rows(path, content):
                 raise InputError(f"{where}: not valid JSON: {error}") from None
 
 
+COLUMNS = ("question", "answer", "reasoning", "reasoning_nemotron_70B", "choices", "answerKey", "text")
+
+
 def _parquet_rows(path, content):
     try:
         import pyarrow
@@ -205,8 +208,10 @@ def _parquet_rows(path, content):
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
-        rows = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        source = pyarrow.BufferReader(content)
+        columns = [name for name in parquet.read_schema(source).names if name in COLUMNS]
+        rows = parquet.read_table(source, columns=columns).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
@@ -349,6 +354,8 @@ def arithmetic(n, split="train", seed=0):
     """-> list of n different word problems (Example) of one split; the same for the same arguments, always."""
     if split not in ("train", "calibration", "test"):
         raise InputError(f"split must be train, calibration or test, not {split}")
+    if n > 200_000:
+        raise InputError(f"{n} built-in problems are too many: at most 200000 of a split")
     rng = random.Random(seed)
     problems = {}  # by question: keeps the order, refuses repetitions
     while len(problems) < n:

@@ -7,6 +7,7 @@ Zero-shot with the training template. An answer counts if the first `#### number
 """
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -17,9 +18,10 @@ from tqdm import tqdm
 
 from data import encode_prompt, load_examples
 from gates import InputError, check_budget
-from generate import generate, make_policy, pick_device
-from load_weights import load_model, load_tokenizer, read_json
+from generate import generate, make_policy, pick_device, seed_number
+from load_weights import check_fit, load_model, load_tokenizer, read_json
 
+BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 TARGETS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)                    # the columns of the paper's Table 1
 
 
@@ -62,10 +64,9 @@ def interpolate(points, targets=TARGETS):
     return values
 
 
-def run_row(name, model, tokenizer, examples, kind, budget, args):
+def run_row(name, model, tokenizer, examples, policy, budget, args):
     """One line of the table: generate answers to all examples under one policy and score them. A dict."""
-    config, device, started = model.config, next(model.parameters()).device, time.perf_counter()
-    policy = make_policy(config, kind, budget, seed=args.seed, device=device)
+    config, started = model.config, time.perf_counter()
     strict = flexible = 0
     sums = None
     for start in tqdm(range(0, len(examples), args.batch_size), desc=f"{name} {budget:.2f}", leave=False):
@@ -89,8 +90,9 @@ def rows_of(file):
     try:
         stored = read_json(file)
         name = f"GateSkip, {Path(stored['settings']['model']).name}"
-        return [{**r, "row": name} for r in stored["rows"] if r["row"] == "GateSkip"]
-    except (KeyError, TypeError):
+        needed = ("skipped", "macs_saved", "accuracy", "stderr")
+        return [{"row": name, **{key: float(r[key]) for key in needed}} for r in stored["rows"] if r["row"] == "GateSkip"]
+    except (OSError, KeyError, TypeError, ValueError):
         raise InputError(f"--compare {file} is no eval.json of this program: give one from another run's --out") from None
 
 
@@ -126,17 +128,17 @@ def main(argv=None):
     add("--dense", help="the same model without gates: for the dense row and for random skipping")
     add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
     add("--limit", type=int, default=200, help="the first N problems")
-    add("--budgets", type=float, nargs="+", default=[1.0, 0.95, 0.9, 0.85, 0.8, 0.75])
+    add("--budgets", type=float, nargs="+", help="default: 1.0 0.95 0.9 0.85 0.8 0.75, as far down as the model is calibrated")
     add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto", help="of the GateSkip row; batch depends on --batch-size")
     add("--batch-size", type=int, default=100)
     add("--max-new-tokens", type=int, default=96)
     add("--compare", nargs="+", default=[], metavar="FILE", help="eval.json of other runs, whose GateSkip rows join the picture")
     add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
-    add("--seed", type=int, default=0, help="of random skipping")
+    add("--seed", type=seed_number, default=0, help="of random skipping")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = p.parse_args(argv)
-    for budget in args.budgets:
+    for budget in args.budgets or ():
         check_budget(budget)
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 1:
         raise InputError("--batch-size, --max-new-tokens and --limit must be at least 1")
@@ -146,7 +148,15 @@ def main(argv=None):
     if isinstance(examples[0], str):
         raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
     device, dtype = pick_device(args.device, args.dtype)
+    out = Path(args.out or (args.model if Path(args.model).is_dir() else "runs/eval"))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
+    check_fit(model, tokenizer)
+    if args.budgets is None:
+        lowest = min(map(float, model.config.gateskip.get("thresholds", {"0": []})))
+        args.budgets = [b for b in BUDGETS if b >= lowest]
     if model.config.gate:
         plan = [("GateSkip", model, args.policy, b) for b in args.budgets]
     else:                                                        # nothing to rank tokens by
@@ -155,22 +165,30 @@ def main(argv=None):
         dense = load_model(args.dense, device=device, dtype=dtype)
         if dense.config.gate:
             raise InputError(f"--dense {args.dense} has gates: give the model without them")
+        check_fit(dense, tokenizer)
         plan += [("dense", dense, "none", 1.0)] + [("random, dense", dense, "random", b) for b in args.budgets if b < 1.0]
     if model.config.gate:
         plan += [("random ranks, gated", model, "random", b) for b in args.budgets if b < 1.0]
-    out = Path(args.out or (args.model if Path(args.model).is_dir() else "runs/eval"))
-    out.mkdir(parents=True, exist_ok=True)
+    # every policy before the first row: what cannot be run is said now
+    plan = [(name, which, make_policy(which.config, kind, b, seed=args.seed, device=device), b) for name, which, kind, b in plan]
+    room = min(which.config.max_position_embeddings for _, which, _, _ in plan) - args.max_new_tokens
+    fitting = [e for e in examples if len(encode_prompt(tokenizer, e.question)) <= room]
+    if not fitting:
+        raise InputError(f"every question is too long for the model with --max-new-tokens {args.max_new_tokens}: lower it")
+    note = f"; {len(examples) - len(fitting)} left out, longer than {room} tokens" if len(fitting) < len(examples) else ""
+    examples = fitting
 
-    print(f"\n{len(examples)} problems of {args.data}, batches of {args.batch_size}\n")
+    print(f"\n{len(examples)} problems of {args.data}{note}, batches of {args.batch_size}\n")
     print("row                   budget   accuracy (s.e.)   flexible   skipped   per call   macs_saved   seconds")
     rows = []
-    for name, which, kind, budget in plan:
-        r = run_row(name, which, tokenizer, examples, kind, budget, args)
+    for name, which, policy, budget in plan:
+        r = run_row(name, which, tokenizer, examples, policy, budget, args)
         rows.append(r)
         print(f"{name:20}  {budget:6.2f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})   {r['flexible']:8.1%}   {r['skipped']:7.1%}   "
               f"{r['skipped_per_call']:8.1%}   {r['macs_saved']:+10.1%}   {r['seconds']:7.1f}", flush=True)
         exact = {who: interpolate([(q["skipped"], q["accuracy"]) for q in rows if q["row"] == who]) for who in dict.fromkeys(q["row"] for q in rows)}
-        (out / "eval.json").write_text(json.dumps({"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}, indent=1))
+        (out / "eval.tmp").write_text(json.dumps({"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}, indent=1))
+        os.replace(out / "eval.tmp", out / "eval.json")
     print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS) + "   skipped (linear between the rows above; - is outside them)")
     for name, values in exact.items():
         print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))

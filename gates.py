@@ -65,8 +65,8 @@ class GateConfig:
                 raise InputError(f"gate {name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.arch == "lowrank" and self.form == "scalar":
             raise InputError("a low-rank gate with a scalar output is a scalar gate with more parameters: use --gate-arch linear")
-        if self.rank < 0:
-            raise InputError(f"gate rank {self.rank} is negative")
+        if not 0 <= self.rank <= 65536:
+            raise InputError(f"gate rank {self.rank} is not between 0 (the default rank) and 65536")
 
     def widths(self, hidden):
         """(inner width or 0, output width) of the gate on a model of width hidden."""

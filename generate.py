@@ -7,6 +7,7 @@ Prompts of unequal length are left-padded; finished sequences leave the computat
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from data import prompt_text
 from gates import GRANULARITIES, InputError, Savings, SkipPolicy, check_budget, thresholds_at
-from load_weights import chat_template, load_model, load_tokenizer
+from load_weights import chat_template, check_fit, load_model, load_tokenizer
 from model import KVCache
 
 
@@ -29,7 +30,7 @@ class Generation:
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """Next token ids (B,) from logits (B, V). temperature 0 is greedy; top_k 0 and top_p 1 are off."""
-    if temperature == 0.0:
+    if temperature < 1e-4:                                       # the quotient would overflow; greedy is its limit
         return logits.argmax(-1)
     ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True)        # (B, V)
     if top_k:
@@ -119,6 +120,14 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
     return SkipPolicy(kind, budget, skip, kv, thresholds=thresholds)
 
 
+def seed_number(text):
+    """The type of --seed: what every random generator here takes."""
+    value = int(text)
+    if not 0 <= value < 2 ** 63:
+        raise ValueError
+    return value
+
+
 def pick_device(name=None, dtype="float32", tf32=False):
     """(torch.device, torch.dtype), said aloud with the reason. InputError for a device that is not there."""
     try:
@@ -188,7 +197,7 @@ def main(argv=None):
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 is off")
     add("--top-p", type=float, default=1.0, help="1 is off")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--show-compute", action="store_true", help="shade every token by the share of branches that ran for it")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -199,9 +208,12 @@ def main(argv=None):
         raise InputError("--max-new-tokens must be at least 1, --temperature and --top-k at least 0, --top-p in (0, 1]")
     if args.budget is not None:
         check_budget(args.budget)
+    if any(re.search("[\ud800-\udfff]", text) for text in args.prompt + args.question):
+        raise InputError("a --prompt or --question is not UTF-8 text")
 
     device, dtype = pick_device(args.device, args.dtype)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
+    check_fit(model, tokenizer)
     budget = args.budget if args.budget is not None else 0.85 if model.config.gate is not None else 1.0
     policy = make_policy(model.config, args.policy, budget, args.skip, args.kv, args.seed, device)
     if args.chat:
@@ -244,6 +256,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                     # a terminal without these characters
     try:
         sys.exit(main())
     except (InputError, OSError) as error:

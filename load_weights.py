@@ -74,7 +74,7 @@ def read_json(path):
     """A JSON object from a file; InputError naming the file if it is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -94,7 +94,7 @@ def config_from_hf(raw, name="config.json"):
 
     def get(key, kind=int, default=None, of=raw):
         value = default if of.get(key) is None else of[key]
-        if type(value) not in (kind, int if kind is float else kind) or kind in (int, float) and not 0 < value < math.inf:
+        if type(value) not in (kind, int if kind is float else kind) or kind in (int, float) and not 0 < value < 2 ** 40:
             raise InputError(f"{name}: {key} is {'missing' if value is None else f'{value!r:.60}'}; it must be {kinds[kind]}")
         return value
 
@@ -165,11 +165,13 @@ def _gate_config(stored, branches, name):
                 raise ValueError(f"gate {field.name} is {getattr(gate, field.name)!r:.60}")
         if "thresholds" in stored:
             SkipPolicy("frozen", 1.0, stored.get("skip"), stored.get("kv"))      # knows which names there are
+            if not stored["thresholds"] or not isinstance(stored.get("budget_end", 0.0), (int, float)):
+                raise ValueError("no thresholds, or a budget_end that is no number")
             for budget, values in stored["thresholds"].items():
                 check_budget(budget)
                 if len(values) != branches or not all(math.isfinite(v) for v in values):
                     raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): train the gates again') from None
     return gate
 
@@ -205,7 +207,7 @@ def _read(path, key=None):
         with safe_open(path, framework="pt", device="cpu") as f:
             return f.keys() if key is None else f.get_tensor(key)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file ({error}): download it again") from None
+        raise InputError(f"{path} is truncated or no safetensors file ({error}): get it again") from None
 
 
 def load_model(source, gate=None, device="cpu", dtype=torch.float32):
@@ -281,6 +283,15 @@ def _assign(model, key, tensor, dtype, device):
     setattr(model.get_submodule(name), leaf, torch.nn.Parameter(tensor.to(device, dtype, copy=True)))
     if key == "model.embed_tokens.weight" and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight                # shared, not copied
+
+
+def check_fit(model, tokenizer):
+    """InputError unless every token of the tokenizer, and the end token, has a row in the model's embedding."""
+    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
+    if size > rows:
+        raise InputError(f"the tokenizer has {size} tokens and {model.source} {rows}: they do not belong together")
+    if max(model.config.eos_ids, default=0) >= rows:
+        raise InputError(f"{model.source}: eos_token_id {max(model.config.eos_ids)} lies outside the vocabulary of {rows}")
 
 
 def load_tokenizer(source):

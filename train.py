@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from data import batch_at, collate, encode_all, hold_out, load_examples
 from gates import GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss
-from generate import generate, make_policy, pick_device
-from load_weights import config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json, save_config, save_model
+from generate import generate, make_policy, pick_device, seed_number
+from load_weights import check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json, save_config, save_model
 from model import SHAPES, Model
 
 # The defaults of the flags are Table 15 of the paper; a preset changes what its model needs.
@@ -65,7 +65,7 @@ def parse_args(argv):
     add("--seq-len", type=int, default=4096, help="longer examples are dropped and counted")
     add("--lr", type=float, default=3e-6, help="peak learning rate; cosine to 0")
     add("--warmup", type=int, default=1000, help="steps of linear warm-up")
-    add("--seed", type=int, default=1)
+    add("--seed", type=seed_number, default=1)
     # the paper
     add("--schedule", choices=("linear", "uniform"), default="linear", help="budget: Algorithm 1's decay, or drawn anew each step")
     add("--budget-start", type=float, default=1.0)
@@ -96,6 +96,8 @@ def parse_args(argv):
 
     for budget in (args.budget_start, args.budget_end, *(args.calibrate or ())):
         check_budget(budget)
+    if min(args.calibrate or [1.0]) < args.budget_end:
+        raise InputError(f"--calibrate {min(args.calibrate)} is below --budget-end {args.budget_end}, the lowest that is trained for")
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget shrinks")
     for name in ("steps", "batch_size", "grad_accum", "save_every", "eval_limit", "calibration_sequences"):
@@ -111,7 +113,7 @@ def parse_args(argv):
         raise InputError("--freeze-backbone with --gate none leaves nothing to train")
     if args.compile and args.compute == "compact":
         raise InputError("--compile needs static shapes: use --compute masked")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+    if args.compile and not shutil.which((os.environ.get("CXX") or "g++").split()[0]):
         raise InputError("--compile needs a C++ compiler and there is no g++ here: install one, or leave --compile out")
     if args.resume and args.overwrite:
         raise InputError("--resume keeps the run in --out and --overwrite deletes it: give one of them")
@@ -129,6 +131,9 @@ def learning_rate(step, total, peak, warmup):
 # ---------------------------------------------------------------------------------------------------------------------
 # A run on disk: --out holds step-000500/, the one-line file `latest`, and metrics.jsonl
 # ---------------------------------------------------------------------------------------------------------------------
+
+RUN_FILES = ("step-", ".step-", "latest", "metrics.", "eval.")   # how the names in --out begin (eval.* by eval_gsm8k.py)
+
 
 def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
     """Write out/step-NNNNNN under a temporary name, rename it, point `latest` to it, then delete older ones.
@@ -161,17 +166,22 @@ def open_run(args, settings):
     out = Path(args.out)
     if args.resume:
         if not (out / "latest").is_file():
-            raise InputError(f"--resume: {out} holds no run that has saved; start one without --resume (with --overwrite if files are there)")
-        path = out / (out / "latest").read_text().strip() / "train_state.pt"
+            steps = sorted(p.name for p in out.glob("step-*"))
+            raise InputError(f"--resume: {out} has lost its file `latest`: write {steps[-1]} into it" if steps else
+                             f"--resume: {out} holds no run that has saved; start one without --resume (with --overwrite if files are there)")
+        path = find_folder(out) / "train_state.pt"
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            raise InputError(f"--resume: {path} is damaged; start again with --overwrite") from None
-        was = state["settings"]
+            was, step = state["settings"], state["step"]
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError):
+            raise InputError(f"--resume: {path} is missing or damaged; a new run can start from its weights: --model {path.parent}, another --out") from None
         different = [f"--{key.replace('_', '-')} {value} (was {was.get(key)})" for key, value in settings.items() if was.get(key) != value]
         if different:
             raise InputError(f"--resume: {out} was started with other settings: {', '.join(different)}")
-        lines = (out / "metrics.jsonl").read_text().splitlines()[:state["step"]]           # cut back to the checkpoint
+        lines = _metrics(out)[:step]                             # cut back to the checkpoint
+        if len(lines) < step:
+            raise InputError(f"--resume: {out / 'metrics.jsonl'} has only {len(lines)} good lines and the checkpoint is of step {step}; "
+                             f"a new run can start from its weights: --model {path.parent}, another --out")
         (out / "metrics.tmp").write_text("".join(line + "\n" for line in lines))
         os.replace(out / "metrics.tmp", out / "metrics.jsonl")
         for left in out.glob(".step-*.tmp"):                     # by a kill while saving
@@ -182,9 +192,26 @@ def open_run(args, settings):
     if out.is_dir() and any(out.iterdir()):
         if not args.overwrite:
             raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
-        if not any((out / name).exists() for name in ("latest", "metrics.jsonl")):
-            raise InputError(f"--overwrite: {out} does not look like a run (no latest, no metrics.jsonl); delete it yourself")
+        foreign = [p.name for p in out.iterdir() if not p.name.startswith(RUN_FILES)]
+        if foreign:
+            raise InputError(f"--overwrite deletes runs only, and {out} also holds {foreign[0]}: move it away, or choose another --out")
+        for flag in ("model", "init_config", "data", "eval_data"):
+            value = getattr(args, flag)
+            if value and out.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+                raise InputError(f"--overwrite would delete --{flag.replace('_', '-')} {value}, which lies in --out {out}: choose another --out")
     return None
+
+
+def _metrics(out):
+    """The lines of out/metrics.jsonl up to the first that is missing or damaged."""
+    lines = []
+    try:
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            json.loads(line)
+            lines.append(line)
+    except (OSError, ValueError):
+        pass
+    return lines
 
 
 def plot_metrics(out, name="metrics.png"):
@@ -196,7 +223,7 @@ def plot_metrics(out, name="metrics.png"):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in _metrics(out)]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for axis, keys, title in zip(axes, (("loss", "ce"), ("gate_mean",), ("budget", "kept")),
                                  ("loss", "mean gate", "share of (token, branch) pairs")):
@@ -332,8 +359,7 @@ def main(argv=None):
     config = model.config
     if config.gate != gate:
         raise InputError(f"--gate none, but {model.source} has gates: start from the model without them, or leave --gate out")
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {config.vocab_size}: they do not belong together")
+    check_fit(model, tokenizer)
     if not config.eos_ids:
         raise InputError("config.json and generation_config.json name no eos_token_id: training needs a token that ends an answer")
     if args.seq_len > config.max_position_embeddings:
@@ -354,8 +380,11 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.001)
     first = 0
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"--resume: train_state.pt in {out} is not of this run ({error}): start again with another --out") from None
         first = state["step"]
     n_gates = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name)
     n_all = sum(p.numel() for p in model.parameters())
@@ -403,7 +432,7 @@ def main(argv=None):
         metrics.flush()
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {ce:.3f} gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}")
         if not math.isfinite(row["loss"] + norm):                               # the weights are spoilt: do not save them
-            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; the last checkpoint is untouched")
+            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; nothing was saved since the last checkpoint")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
         if stop:
@@ -480,6 +509,10 @@ if __name__ == "__main__":
         status = main()
     except (InputError, OSError) as error:
         status = f"error: {error}"                               # said below, when the progress bar is gone
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        status = "error: out of memory: lower --batch-size or --seq-len (and raise --grad-accum), or add --checkpoint-activations"
     except KeyboardInterrupt:                                    # before the first step or after the last
         print("\ninterrupted: what was saved in --out stays, --resume goes on with it", file=sys.stderr)
         status = 130

@@ -13,7 +13,7 @@ import eval_gsm8k
 from conftest import build
 from data import Example, arithmetic, encode_prompt
 from eval_gsm8k import TARGETS, extract_answer, interpolate, main, normalise, plot, run_row
-from gates import GateConfig, InputError, calibrate
+from gates import GateConfig, InputError, SkipPolicy, calibrate
 from generate import Generation, generate, make_policy
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
 
@@ -95,7 +95,8 @@ def test_a_row_of_known_answers(folders, monkeypatch):
         assert (max_new_tokens, policy.kind, eos_ids) == (6, "random", {1})
         return Generation([tokenizer.encode(r, add_special_tokens=False).ids + [1] for r in replies[first:first + len(prompts)]], savings[len(asked) - 1], [])
     monkeypatch.setattr(eval_gsm8k, "generate", fake)
-    row = run_row("random, dense", load_model(folders["dense"]), tokenizer, examples, "random", 0.8, SimpleNamespace(batch_size=3, max_new_tokens=6, seed=0))
+    row = run_row("random, dense", load_model(folders["dense"]), tokenizer, examples, SkipPolicy("random", 0.8), 0.8,
+                  SimpleNamespace(batch_size=3, max_new_tokens=6))
     assert [len(batch) for batch in asked] == [3, 2] and asked[1][1] == encode_prompt(tokenizer, "q4")
     assert row.pop("seconds") >= 0
     assert row == pytest.approx({"row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5, "stderr": (0.6 * 0.4 / 5) ** 0.5,
@@ -137,12 +138,12 @@ def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
     """Hours of evaluation that one interruption loses."""
     rows = []
 
-    def spoilt(name, model, tokenizer, examples, kind, budget, args):
+    def spoilt(name, model, tokenizer, examples, policy, budget, args):
         if len(rows) == 2:
             raise KeyboardInterrupt
         if rows:
             assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows
-        rows.append(dict(row=name, policy=kind, budget=budget, n=5, accuracy=0.5, stderr=0.1, flexible=0.5, skipped=1 - budget, skipped_per_call=0.0,
+        rows.append(dict(row=name, policy=policy.kind, budget=budget, n=5, accuracy=0.5, stderr=0.1, flexible=0.5, skipped=1 - budget, skipped_per_call=0.0,
                          macs_saved=0.0, seconds=0.1))
         return rows[-1]
     monkeypatch.setattr(eval_gsm8k, "run_row", spoilt)
@@ -170,12 +171,12 @@ def test_results_go_beside_a_local_model(folders, tmp_path, monkeypatch):
 def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
     """A comparison that draws the other run's baselines too, or mixes the rows into this run's table; a foreign file with a traceback."""
     drawn = []
-    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], r["budget"]) for r in rows]))
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], round(r["skipped"], 1)) for r in rows]))
     row = {"row": "GateSkip", "budget": 0.9, "skipped": 0.1, "accuracy": 0.5, "stderr": 0.1, "macs_saved": 0.0, "n": 5}
     (tmp_path / "other.json").write_text(json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]}))
     result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(tmp_path / "other.json"))
-    assert drawn == [[("GateSkip", 0.8), ("random ranks, gated", 0.8), ("GateSkip, linear", 0.9)]] and len(result["rows"]) == 2
-    for bad in ('{"rows": []}', "[]", "{"):
+    assert drawn == [[("GateSkip", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]] and len(result["rows"]) == 2
+    for bad in ('{"rows": []}', "[]", "{", '{"settings": {"model": "x"}, "rows": [{"row": "GateSkip"}]}'):
         (tmp_path / "other.json").write_text(bad)
         with pytest.raises(InputError, match="other.json"):
             evaluate(folders, tmp_path / "new", "--compare", str(tmp_path / "other.json"))
@@ -206,13 +207,32 @@ def test_questions_of_a_file(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, complaint", [
     (dict(budgets=0), "budget 0.0"), (dict(budgets="nan"), "budget nan"), (dict(limit=0), "--limit"), (dict(batch_size=0), "--batch-size"),
     (dict(max_new_tokens=0), "--max-new-tokens"), (dict(data="gone.jsonl"), "gone.jsonl"), (dict(model="gone"), "gone does not exist"),
-    (dict(budgets=0.5), "smallest calibrated"), (dict(max_new_tokens=600), "positions"),
+    (dict(budgets=0.5), "smallest calibrated"), (dict(max_new_tokens=600), "--max-new-tokens 600: lower it"),
 ])
 def test_bad_flags_are_told_in_one_line(folders, tmp_path, flags, complaint):
     """A table of something else than asked, or a traceback."""
     with pytest.raises(InputError) as error:
         evaluate(folders, tmp_path / "out", **flags)
     assert complaint in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_nothing_is_measured_before_every_budget_is_known_to_run(folders, tmp_path):
+    """A table that ends in an error at its last budget, over the complete one of an earlier run; default budgets that fail by default."""
+    before = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9")
+    with pytest.raises(InputError, match="smallest calibrated"):
+        evaluate(folders, tmp_path, "--budgets", "1.0", "0.3")
+    assert json.loads((tmp_path / "eval.json").read_text()) == before
+    lowest = min(map(float, load_model(folders["gated"]).config.gateskip["thresholds"]))
+    assert evaluate(folders, tmp_path)["settings"]["budgets"] == [b for b in eval_gsm8k.BUDGETS if b >= lowest] != []
+
+
+def test_questions_too_long_for_the_model_are_said(folders, tmp_path, capsys, monkeypatch):
+    """One long question that ends the whole evaluation, or is dropped in silence."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    rows = [{"question": "Why? " * n, "answer": "#### 1"} for n in (1, 600, 2)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(folders, tmp_path, "--budgets", "1", data=tmp_path / "test.jsonl")["rows"][0]["n"] == 2
+    assert "2 problems of" in (printed := capsys.readouterr().out) and "; 1 left out, longer than 506 tokens" in printed
 
 
 def test_a_gated_model_is_not_the_dense_one(folders, tmp_path):

@@ -635,7 +635,7 @@ GATE, TABLE = asdict(GateConfig()), {"0.9": [0.5] * 6}
 
 @pytest.mark.parametrize("gateskip, words", [
     ("on", "gateskip is 'on'; it must be a JSON object"), ({"gate": "vector"}, "mapping"), ({"gate": {**GATE, "depth": 2}}, "depth"),
-    ({"gate": {**GATE, "form": "matrix"}}, "gate form 'matrix' is not one of vector, scalar"), ({"gate": {**GATE, "rank": "16"}}, "'<' not supported"),
+    ({"gate": {**GATE, "form": "matrix"}}, "gate form 'matrix' is not one of vector, scalar"), ({"gate": {**GATE, "rank": "16"}}, "'<=' not supported"),
     ({"gate": {**GATE, "rank": 2.5}}, "gate rank is 2.5"), ({"gate": {**GATE, "shared": "no"}}, "gate shared is 'no'"),
     ({"gate": GATE, "skip": "all", "kv": "copy_up", "thresholds": {"0.9": [0.5] * 5}}, "thresholds of budget 0.9 are not 6 numbers"),
     ({"gate": GATE, "skip": "all", "kv": "copy_up", "thresholds": {**TABLE, "0.8": [0.5] * 5 + [NAN]}}, "thresholds of budget 0.8 are not 6 numbers"),

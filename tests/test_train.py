@@ -277,7 +277,7 @@ def test_a_damaged_train_state_is_told_in_one_line(folder, unbroken, tmp_path):
     whole = (last(tmp_path / "run") / "train_state.pt").read_bytes()
     for content in (b"", b"nonsense", whole[:-500]):
         (last(tmp_path / "run") / "train_state.pt").write_bytes(content)
-        with pytest.raises(InputError, match="train_state.pt is damaged"):
+        with pytest.raises(InputError, match="train_state.pt is missing or damaged; a new run can start from its weights: --model "):
             run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
 
 
@@ -299,6 +299,48 @@ def test_out_that_holds_another_run(folder, unbroken, tmp_path):
     assert (home / "thesis.txt").read_text() == "years of work"
     with pytest.raises(InputError, match="is a file"):
         run(folder, home / "thesis.txt", "--overwrite")
+
+
+def test_overwrite_deletes_neither_strangers_nor_its_own_input(folder, unbroken, tmp_path):
+    """A file of the user's that stood in the run's folder, or the very model that the new run was to start from, gone."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken["linear"], out)
+    for flags in (dict(model=out), dict(model=last(out)), dict(data=last(out) / "train.jsonl")):
+        with pytest.raises(InputError, match=r"--overwrite would delete --\w+ .* which lies in --out"):
+            run(folder, out, "--overwrite", **flags)
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="also holds thesis.txt"):
+        run(folder, out, "--overwrite")
+    (out / "thesis.txt").unlink()                                # still there
+    same_bits(state(out), state(unbroken["linear"]))
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda out: (out / "latest").unlink(), "lost its file `latest`: write step-000006 into it"),
+    (lambda out: (out / "latest").write_bytes(b"\xff\xfe\0"), "which is not there: write the name of a step folder into it"),
+    (lambda out: (out / "latest").write_text("step-000002"), "names 'step-000002', which is not there"),
+    (lambda out: (last(out) / "train_state.pt").unlink(), "train_state.pt is missing or damaged"),
+    (lambda out: torch.save({"a": 1}, last(out) / "train_state.pt"), "train_state.pt is missing or damaged"),
+    (lambda out: (out / "metrics.jsonl").unlink(), "has only 0 good lines and the checkpoint is of step 6"),
+    (lambda out: (out / "metrics.jsonl").write_bytes(b"{}\n{}\n{\xff\n{}\n{}\n{}\n"), "has only 2 good lines and the checkpoint is of step 6"),
+])
+def test_resume_of_a_damaged_run_says_the_way_out(folder, unbroken, tmp_path, damage, complaint):
+    """A traceback, a bare errno, a gap in the metrics that nobody is told of, or advice that deletes a good checkpoint."""
+    shutil.copytree(unbroken["linear"], tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(InputError) as error:
+        run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
+    assert complaint in str(error.value) and "\n" not in str(error.value) and "--overwrite" not in str(error.value)
+
+
+def test_an_optimizer_of_another_model(folder, unbroken, tmp_path):
+    """A traceback out of load_state_dict."""
+    shutil.copytree(unbroken["linear"], tmp_path / "run")
+    stored = torch.load(last(tmp_path / "run") / "train_state.pt", weights_only=True)
+    stored["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(stored, last(tmp_path / "run") / "train_state.pt")
+    with pytest.raises(InputError, match="is not of this run"):
+        run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
 
 
 @pytest.mark.parametrize("flags", [dict(data="missing.jsonl"), dict(model="missing"), dict(seq_len=9)])
@@ -346,7 +388,7 @@ def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
     problems = data.arithmetic(6, "train", 1)
     weights = dict(model.named_parameters())
     m, v = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
-    norms = []
+    smallest, norms = {name: torch.full_like(p, torch.inf) for name, p in weights.items()}, []
     for step in range(2):
         batch = [problems[i] for i in data.batch_at(6, 3, 1, step)]
         rows, answers = [], []
@@ -377,6 +419,7 @@ def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
         with torch.no_grad():
             for name, p in weights.items():
                 g = p.grad * min(1.0, 1.0 / norms[-1])
+                smallest[name] = torch.minimum(smallest[name], g.abs().where(g != 0, torch.inf))
                 m[name] = 0.9 * m[name] + 0.1 * g
                 v[name] = 0.999 * v[name] + 0.001 * g * g
                 p.mul_(1 - lr * 0.001)
@@ -384,8 +427,9 @@ def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
     assert min(norms) > 1.0 and max(norms) / min(norms) > 1.05   # else no clipping would show
     saved = load_file(last(tmp_path / "run") / "model.safetensors")
     assert saved.keys() == weights.keys()
-    for name, p in weights.items():
-        assert (saved[name] - p).abs().max() < 2e-6, name
+    for name, p in weights.items():                              # Adam divides by the gradient: where that is as small as
+        clear = smallest[name] > 1e-6                            # the loss's float32 rounding, the step is noise
+        assert (saved[name] - p)[clear].abs().max() < 1e-6 and clear.double().mean() > 0.9, name
 
 
 def test_accumulation_is_one_batch(folder, tmp_path):
@@ -547,7 +591,7 @@ def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
 
 def test_a_model_that_does_not_fit_its_tokenizer(folder, tmp_path):
     """Token ids beyond the embedding, and an answer that no token ends."""
-    for change, complaint in ((dict(vocab_size=400), "the tokenizer has 504 tokens and the model 400"), (dict(eos_token_id=None), "no eos_token_id")):
+    for change, complaint in ((dict(vocab_size=400), "the tokenizer has 482 tokens and .*the 400: they do not"), (dict(eos_token_id=None), "no eos_token_id")):
         other = tmp_path / complaint[:3]
         other.mkdir()
         (other / "config.json").write_text(json.dumps(read_json(folder / "config.json") | change))
@@ -560,13 +604,13 @@ def test_a_model_that_does_not_fit_its_tokenizer(folder, tmp_path):
 def test_too_long_examples_are_counted_and_said(folder, tmp_path, capsys, monkeypatch):
     """An answer cut silently, or a count that is wrong."""
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
-    assert run(folder, tmp_path / "run", steps=20, batch_size=1, seq_len=90) == 0
+    assert run(folder, tmp_path / "run", steps=20, batch_size=1, seq_len=68) == 0
     tokenizer, calibration = load_tokenizer(folder), data.arithmetic(6, "calibration", 1)
     sets = {"train": data.arithmetic(20, "train", 1), "calibration": calibration[:3], "check": calibration[3:], "eval": data.arithmetic(4, "test")}
-    fit = {name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 90 for e in examples) for name, examples in sets.items()}
+    fit = {name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 68 for e in examples) for name, examples in sets.items()}
     assert 0 < fit["train"] < 20
     said = ", ".join(f"{n} {name}" for name, n in fit.items())
-    assert f"data: {said}; {30 - sum(fit.values())} longer than --seq-len 90 left out\n" in capsys.readouterr().out
+    assert f"data: {said}; {30 - sum(fit.values())} longer than --seq-len 68 left out\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_stops_the_program(folder, tmp_path):
