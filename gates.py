@@ -403,18 +403,19 @@ def count_macs(config, keep, valid, keys, logit_rows, kv="copy_up", gate=None):
     """Multiply-accumulates that one call executes on the compact path. int64 scalar tensor, on the device.
 
     config: the model's; keep (2L, B, S) bool; valid (B, S) bool; keys: key positions per query; gate: GateConfig or None.
-    Scores and weighted sum are counted as the rectangles that are really multiplied, ragged padding included.
+    Scores and weighted sum are counted as the rectangles that are really multiplied, ragged padding included; of one query
+    per sequence only the kept (a GPU runs the others along, which is not counted).
     Agrees with half of FlopCounterMode's FLOPs under sdpa_kernel(SDPBackend.MATH). The ungated dense model: keep = valid.
     """
     H, D = config.hidden_size, config.head_dim
     batch, length = valid.shape
     rows = keep.flatten(1).sum(-1)                               # (2L,) rows that run
-    longest = keep.sum(-1).amax(-1)                              # (2L,) most rows of one sequence: the ragged rectangle
+    queries = rows if length == 1 else batch * keep.sum(-1).amax(-1)     # (2L,) the ragged rectangle: most rows of one sequence
     attn, mlp = rows[0::2], rows[1::2]                           # (L,) each
     kv_rows = attn if kv == "copy_up" else valid.sum().expand_as(attn)
     kv_rows = torch.cat([valid.sum()[None], kv_rows[1:]])        # layer 0 has nothing below to copy from
     macs = (attn * 2 * H * config.num_attention_heads * D + kv_rows * 2 * H * config.num_key_value_heads * D
-            + batch * longest[0::2] * keys * 2 * config.num_attention_heads * D
+            + queries[0::2] * keys * 2 * config.num_attention_heads * D
             + mlp * 3 * H * config.intermediate_size).sum()
     gates = 0 if gate is None else len(keep) * batch * length * gate.macs(H)
     return macs + gates + logit_rows * config.vocab_size * H

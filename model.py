@@ -316,8 +316,13 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # (B, S, Hq, D) or (N, Hq, D)
         q = (q if rows is None else rows.pad(q, call.shape[0])).transpose(1, 2)  # (B, Hq, S or M, D)
         mask, is_causal = call.mask(self.window, rows, self.softcap is not None)
-        out = attend(q, keys, values, mask, is_causal, self.scale, self.softcap).transpose(1, 2)   # (B, S or M, Hq, D)
-        out = out if rows is None else rows.unpad(out)           # (B, S, Hq, D) or (N, Hq, D)
+        if rows is not None and call.shape[1] == 1 and q.device.type == "cpu":   # one query each: only the kept sequences'
+            one = lambda x, b: x if x is None else x[b:b + 1]                    # keys are read (a GPU would pay for the launches)
+            out = torch.cat([attend(one(q, b), one(keys, b), one(values, b), one(mask, b), False, self.scale, self.softcap)
+                             for b in rows.seq.tolist()])[:, :, 0]               # (N, Hq, D)
+        else:
+            out = attend(q, keys, values, mask, is_causal, self.scale, self.softcap).transpose(1, 2)   # (B, S or M, Hq, D)
+            out = out if rows is None else rows.unpad(out)       # (B, S, Hq, D) or (N, Hq, D)
         return self.o_proj(out.flatten(-2)), (k, v)
 
 
