@@ -116,17 +116,17 @@ def prefill(model, ids, skipped, compute):
 
 
 def decode(model, ids, skipped, compute):
-    """STEPS greedy steps after a context of ids (B, S)."""
+    """STEPS greedy steps after a context as long as ids (B, S); what K and V say does not matter, so they are drawn."""
     batch, context = ids.shape
     cache = KVCache(model.config, batch, context + STEPS, ids.device, model.model["embed_tokens"].weight.dtype)
+    for stored in cache.k + cache.v:
+        stored.normal_()
     policies = policies_for(model, batch, skipped, STEPS)
-    with torch.no_grad():
-        first = model(ids, cache=cache, logits="last")[0].argmax(-1, keepdim=True)       # (B, 1)
 
     @torch.no_grad()
     def run():
         rewind(cache, context)
-        new, traces = first, []
+        new, traces = ids[:, -1:], []                            # (B, 1)
         for policy in policies:
             logits, trace = model(new, cache=cache, policy=policy, compute=compute, logits="last")
             new = logits.argmax(-1, keepdim=True)                # (B, 1)

@@ -29,17 +29,18 @@ def check_budget(budget):
 class Linear(nn.Linear):
     """x W^T + b, (..., in) -> (..., out). Construction draws no weights: init_weights or a checkpoint fills them.
 
-    Without gradients on a CPU the product is oneDNN's, float32 like PyTorch's default but 1.3 to 3 times as fast for the
-    few rows that skipping leaves (NOTES.md).
+    Without gradients on a CPU large products are oneDNN's: float32 like PyTorch's default, but 1.3 to 3 times as fast for
+    the few rows that skipping leaves (NOTES.md). Below 2^16 weights its 15 us per call would outweigh that.
     """
 
     def reset_parameters(self):
         pass
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if (x.device.type == "cpu" and x.dtype == torch.float32 and self.weight.numel() >= 2 ** 16
+                and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
