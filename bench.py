@@ -137,7 +137,7 @@ def decode(model, ids, skipped, compute):
 
 def train(model, ids, skipped, compute):
     """One step on ids (B, S): forward, backward, clip, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.001)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.001, fused=True)
     policy = policies_for(model, ids.numel(), skipped, 1)[0]
 
     def run():

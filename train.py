@@ -296,11 +296,11 @@ def finish(model, args, sets, out, step, say):
 
     print(f"\n{len(sets['eval'])} held-out problems, answers given and not generated"
           + (", thresholds frozen\n" if config.gate is not None else "\n"))
-    print("budget   answer loss   token accuracy   skipped   macs_saved   random skipping, same share: answer loss")
+    print("budget   answer loss   token accuracy   skipped   per call   macs_saved   random skipping, same share: answer loss")
     for budget in budgets:
         policy = make_policy(config, "frozen", budget)
         loss, accuracy, saved = evaluate(model, sets["eval"], policy)
-        row = f"{budget:6.2f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['macs_saved']:10.1%}"
+        row = f"{budget:6.2f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}"
         if budget < 1.0:
             share = saved["skipped"] / policy.skippable_share(config.num_hidden_layers)
             chance = SkipPolicy("random", max(1.0 - share, 1e-3), args.skip, args.kv, generator=torch.Generator().manual_seed(args.seed))
@@ -377,7 +377,7 @@ def main(argv=None):
     for name, p in model.named_parameters():
         p.requires_grad_("_gate." in name or not args.freeze_backbone)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.001)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.001, fused=True)
     first = 0
     if state is not None:
         try:

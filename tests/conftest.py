@@ -78,12 +78,20 @@ def same_masks(a, b):
         assert torch.equal(x, y), f"branch {branch}: {(x != y).nonzero().tolist()}"
 
 
-class Synchronisations(TorchDispatchMode):
-    """Lists the operators inside its `with` for which a GPU would have to stop and tell the host a value."""
+class OperatorNames(TorchDispatchMode):
+    """Lists the names of the operators inside its `with`."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Synchronisations(OperatorNames):
+    """Only those for which a GPU would have to stop and tell the host a value."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

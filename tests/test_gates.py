@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import DEVICES, Synchronisations, build, frozen, gemma, llama, padding, same, tokens
-from gates import (GRANULARITIES, Gate, GateConfig, InputError, Savings, SkipPolicy, Trace, budget_at, calibrate, check_budget,
+from conftest import DEVICES, OperatorNames, Synchronisations, build, frozen, gemma, llama, padding, same, tokens
+from gates import (GRANULARITIES, Gate, GateConfig, InputError, Linear, Savings, SkipPolicy, Trace, budget_at, calibrate, check_budget,
                    count_macs, frozen_threshold, keep_highest, quantile_threshold, select_tokens, sparsity_loss, thresholds_at)
 from model import SHAPES, KVCache, Model, ModelConfig
 
@@ -62,6 +62,26 @@ def test_mlp_gate_starts_with_pytorchs_first_layer():
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
     by_hand = torch.sigmoid(torch.relu(x @ gate.inner.weight.T + gate.inner.bias) @ gate.out.weight.T + gate.out.bias)
     same(gate(x)[0], by_hand, 1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 320), (17, 320), (2, 5, 320), (3, 1, 320), (0, 320)])
+def test_linear_is_the_same_product_on_every_path(bias, shape):
+    """oneDNN fed a strided view or no rows at all, a bias left out, reduced precision, gradients lost, or the path never taken."""
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(320, 256, bias=bias)
+    for p in linear.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+    x = torch.randn(*shape[:-1], 640, generator=generator)[..., ::2]     # every other channel: not contiguous
+    exact = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    with OperatorNames() as names, torch.no_grad():
+        out = linear(x)
+    assert ("_linear_pointwise" in names.seen) == torch.backends.mkldnn.is_available()
+    assert out.shape == exact.shape and ((out - exact).abs() < 1e-4).all()
+    out = linear(x)                                              # with gradients
+    assert out.requires_grad and ((out - exact).abs() < 1e-4).all()
+    with torch.no_grad():
+        assert ((linear.double()(x.double()) - exact).abs() < 1e-9).all()
 
 
 @pytest.mark.parametrize("form, arch, shape", [("vector", "linear", (2, 3, 32)), ("scalar", "linear", (2, 3, 1)), ("vector", "mlp", (2, 3, 32)),
