@@ -34,7 +34,7 @@ BENCH_SHAPES = {
     "llama-1b-block": replace(SHAPES["llama-3.2-1b"], num_hidden_layers=4, vocab_size=4096),
     "small": ModelConfig(512, 512, 1536, 4, 8, 4, 64),
 }
-GATES = {"none": None, "scalar": GateConfig("scalar"), "lowrank": GateConfig(arch="lowrank"), "vector": GateConfig()}
+GATES = {"none": None, "vector": GateConfig(), "lowrank": GateConfig(arch="lowrank"), "scalar": GateConfig("scalar")}
 SKIPPED = (0.0, 0.15, 0.25, 0.35, 0.5, 0.7)
 CONTEXT, STEPS = 256, 16                                         # of decoding
 
@@ -57,7 +57,7 @@ def counts_table():
         everyone = valid.expand_as(keep)
         dense = count_macs(shape, everyone, valid, 0, 100)
         block = count_macs(replace(shape, num_hidden_layers=1), everyone[:2], valid, 0, 0) / 100
-        for form in ("vector", "lowrank", "scalar"):
+        for form in [form for form in GATES if form != "none"]:
             gate, hidden = GATES[form], shape.hidden_size
             with torch.device("meta"):
                 sizes = {key: p.numel() for key, p in Model(replace(shape, gate=gate)).named_parameters()}
@@ -211,12 +211,12 @@ def plot(rows, path):
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     main = next(r["gate"] for r in rows if r["compute"] == "masked")
     for number, (work, batch) in enumerate(dict.fromkeys((r["work"], r["batch"]) for r in rows if not r["peer"])):
-        for compute, key, style in (("compact", "ratio", "o-"), ("compact", "ideal", "--"), ("masked", "ratio", ":")):
-            line = sorted((100 * r["skipped"], r[key]) for r in rows
-                          if (r["work"], r["batch"], r["gate"], r["compute"], r["peer"]) == (work, batch, main, compute, None))
-            axis.plot(*zip(*line), style, color=f"C{number}", markersize=4, label=f"{work}, batch {batch}" if style == "o-" else None)
-    axis.plot([], [], "--", color="grey", label="ideal (MACs)")
-    axis.plot([], [], ":", color="grey", label="masked")
+        line = lambda compute, key: zip(*sorted((100 * r["skipped"], r[key]) for r in rows if (
+            r["work"], r["batch"], r["gate"], r["compute"], r["peer"]) == (work, batch, main, compute, None)))
+        if number == 0:                                          # of the first work only: the others' lie on top of them
+            axis.plot(*line("compact", "ideal"), "--", color="grey", label=f"ideal ({work}, MACs)")
+            axis.plot(*line("masked", "ratio"), ":", color="grey", label=f"masked ({work})")
+        axis.plot(*line("compact", "ratio"), "o-", color=f"C{number}", markersize=4, label=f"{work}, batch {batch}")
     axis.set(xlabel="(token, branch) pairs skipped, %", ylabel="times as fast as budget 1.0")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -318,7 +318,8 @@ def main(argv=None):
     add = p.add_argument
     add("--model", help="folder, a run's --out, or hub id; its own gates are replaced by fresh ones")
     add("--shape", choices=BENCH_SHAPES, default="llama-1b-block", help="random weights, where no --model is given")
-    add("--gate", choices=("scalar", "lowrank", "vector"), default="scalar", help="of the main rows; all are compared at 50%%")
+    add("--gate", choices=[form for form in GATES if form != "none"], default="scalar",
+        help="of the main rows; the others join at 0 and 50%%, except at batch 8 and in training")
     add("--work", nargs="+", choices=MAKERS, default=list(MAKERS))
     add("--repeats", type=int, default=3, help="interleaved rounds; medians are printed")
     add("--quick", action="store_true", help="the small shape, prefill of 2 x 256, 0 and 50%%")
@@ -355,7 +356,7 @@ def main(argv=None):
         model.init_weights(torch.Generator(device).manual_seed(0))
     models = {form: with_gate(model, form) for form in GATES}
     ids = lambda *shape: torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    others = [form for form in ("scalar", "lowrank", "vector") if form != args.gate]
+    others = [form for form in GATES if form not in ("none", args.gate)]
     if args.quick:
         plan = [("prefill", ids(2, 256), (0.0, 0.5), [])]
     else:

@@ -130,7 +130,7 @@ def main(argv=None):
     add("--limit", type=int, default=200, help="the first N problems")
     add("--budgets", type=float, nargs="+", help="default: 1.0 0.95 0.9 0.85 0.8 0.75, as far down as the model is calibrated")
     add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto", help="of the GateSkip row; batch depends on --batch-size")
-    add("--batch-size", type=int, default=100)
+    add("--batch-size", type=int, default=100, help="problems that are generated together")
     add("--max-new-tokens", type=int, default=96)
     add("--compare", nargs="+", default=[], metavar="FILE", help="eval.json of other runs, whose GateSkip rows join the picture")
     add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
@@ -178,13 +178,13 @@ def main(argv=None):
     note = f"; {len(examples) - len(fitting)} left out, longer than {room} tokens" if len(fitting) < len(examples) else ""
     examples = fitting
 
-    print(f"\n{len(examples)} problems of {args.data}{note}, batches of {args.batch_size}\n")
+    print(f"\n{len(examples)} problems of {args.data}{note}, batches of {min(args.batch_size, len(examples))}\n")
     print("row                   budget   accuracy (s.e.)   flexible   skipped   per call   macs_saved   seconds")
     rows = []
     for name, which, policy, budget in plan:
         r = run_row(name, which, tokenizer, examples, policy, budget, args)
         rows.append(r)
-        print(f"{name:20}  {budget:6.2f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})   {r['flexible']:8.1%}   {r['skipped']:7.1%}   "
+        print(f"{name:20}  {budget:6.3f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})   {r['flexible']:8.1%}   {r['skipped']:7.1%}   "
               f"{r['skipped_per_call']:8.1%}   {r['macs_saved']:+10.1%}   {r['seconds']:7.1f}", flush=True)
         exact = {who: interpolate([(q["skipped"], q["accuracy"]) for q in rows if q["row"] == who]) for who in dict.fromkeys(q["row"] for q in rows)}
         (out / "eval.tmp").write_text(json.dumps({"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}, indent=1))
@@ -192,6 +192,8 @@ def main(argv=None):
     print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS) + "   skipped (linear between the rows above; - is outside them)")
     for name, values in exact.items():
         print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
+    if others:                                                   # say whose rows are whose
+        rows = [{**r, "row": f"GateSkip, {Path(args.model).name}"} if r["row"] == "GateSkip" else r for r in rows]
     plot(rows + others, out / "eval.png")
     print(f"\nwritten: {out / 'eval.json'}, {out / 'eval.png'}")
     return 0

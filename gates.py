@@ -47,6 +47,9 @@ class Linear(nn.Linear):
 # The gate: equation 2 and section 3.4
 # ---------------------------------------------------------------------------------------------------------------------
 
+FORMS, ARCHS = ("vector", "scalar"), ("linear", "mlp", "lowrank")
+
+
 @dataclass
 class GateConfig:
     """What a gate looks like. Saved in config.json["gateskip"]["gate"]."""
@@ -59,7 +62,7 @@ class GateConfig:
     detach: bool = False        # True: no gradient into the backbone through the gate's input (the authors' code)
 
     def __post_init__(self):
-        choices = {"form": ("vector", "scalar"), "arch": ("linear", "mlp", "lowrank"),
+        choices = {"form": FORMS, "arch": ARCHS,
                    "input": ("normed", "residual"), "placement": ("after", "before")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -158,7 +161,7 @@ def select_tokens(scores, budget, valid=None):
     if check_budget(budget) >= 1.0 or scores.numel() == 0:
         return valid
     tau = quantile_threshold(scores, 1.0 - budget, valid)        # Algorithm 1 line 8, Algorithm 2 line 6
-    keep = valid & (scores.double() > tau)                       # lines 9-15: g-bar <= tau is skipped
+    keep = valid & (scores.double() > tau)                       # line 10 of both: g-bar <= tau is skipped
     largest = scores.masked_fill(~valid, -torch.inf).max()
     return torch.where(keep.any(), keep, valid & (scores == largest))
 

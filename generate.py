@@ -107,7 +107,7 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
     if kind == "auto":
         kind = "frozen" if "thresholds" in stored else "batch"
         if kind == "batch":
-            print("no calibration in this model: using the quantile of each batch, which skips nothing for a single stream", file=sys.stderr)
+            print("no calibration in this model: using the quantile of each batch, which skips nothing in a decoding step of a single stream", file=sys.stderr)
     if kind == "frozen":
         if "thresholds" not in stored:
             raise InputError("--policy frozen: this model is not calibrated (train.py does it at its end); use --policy batch")
@@ -115,6 +115,9 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
             raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not --skip {skip} --kv {kv}: "
                              f"other settings need a calibration of their own")
     thresholds = thresholds_at(stored["thresholds"], budget) if kind == "frozen" else None
+    if thresholds and all(abs(float(known) - budget) > 1e-4 for known in stored["thresholds"]):
+        print(f"budget {budget} is not among the calibrated ({', '.join(stored['thresholds'])}): thresholds interpolated, less may be skipped "
+              f"than asked", file=sys.stderr)
     if budget < stored.get("budget_end", 0.0) - 1e-9:
         print(f"warning: budget {budget} is below {stored['budget_end']}, the lowest this model was trained for", file=sys.stderr)
     return SkipPolicy(kind, budget, skip, kv, thresholds=thresholds)
@@ -157,7 +160,7 @@ def savings_line(saved, compute="compact"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEVELS = (0.6, 0.7, 0.8, 0.9)                                    # borders between five shades
-COLOURS, GLYPHS = (236, 239, 242, 246, 251), " ░▒▓█"             # a terminal's background greys; marks where there is none
+COLOURS, GLYPHS = (236, 239, 242, 246, 251), "·░▒▓█"             # a terminal's background greys; marks where there is none
 
 
 def shade(pieces, shares, colour):
@@ -192,7 +195,7 @@ def main(argv=None):
     add("--policy", choices=("auto", "frozen", "batch", "random", "topk", "none"), default="auto", help="auto: frozen if calibrated, else batch")
     add("--skip", choices=GRANULARITIES, help="default: as trained")
     add("--kv", choices=("copy_up", "dense"), help="default: as trained")
-    add("--compute", choices=("compact", "masked"), default="compact")
+    add("--compute", choices=("compact", "masked"), default="compact", help="run kept rows only, or every row (the oracle)")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 is off")
@@ -242,6 +245,8 @@ def main(argv=None):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for i, (prompt, new) in enumerate(zip(prompts, result.tokens)):
         if args.show_compute:
+            if len(prompts) > 1:
+                print(f"--- {i + 1}")
             pieces = [tokenizer.decode([t], skip_special_tokens=False) for t in prompt + new]
             print(shade(pieces, result.ran[i], colour))
         elif not stream:

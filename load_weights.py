@@ -67,7 +67,8 @@ def _download(repo):
     else:
         reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
         why = f"the hub did not deliver it ({reason}): check the network, or give a local folder"
-    raise InputError(f"no folder {repo} here, and {why}")
+    hint = " (make demo creates it)" if repo == "runs/demo" else ""
+    raise InputError(f"no folder {repo} here{hint}, and {why}")
 
 
 def read_json(path):

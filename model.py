@@ -368,21 +368,23 @@ class Block(nn.Module):
         g = scores = None
         if gate is not None:
             seen = h if self.config.gate.input == "residual" else x
-            g, scores = gate(seen.detach() if self.config.gate.detach else seen)     # (B, S, H or 1), (B, S): lines 6-7
+            g, scores = gate(seen.detach() if self.config.gate.detach else seen)     # (B, S, H or 1), (B, S): lines 6-7,
+            # where the box reads h: gate_input="residual"
             if self.config.gate.placement == "before":
                 x = x * g.to(x.dtype)
         if same_as is None:
-            keep = call.decide(number, scores)                   # lines 8-9; None: everybody
+            keep = call.decide(number, scores)                   # line 8, and who passes line 10; None: everybody
         else:
             keep = call.keep[number] = call.keep[same_as]
         rows = call.rows(keep)                                   # None: run all rows
-        out, extra = f(x, keep, rows)                            # line 5
+        out, extra = f(x, keep, rows)                            # line 5, after the decision: only kept rows need it
         if out is None:                                          # nobody needs this branch
             return h, extra, g, scores
         if post_norm is not None:
             out = post_norm(out)
         if gate is not None and self.config.gate.placement == "after":
             out = out * (g if rows is None else rows.take(g)).to(out.dtype)
+        # lines 9-15: h + g * o where kept, h where skipped
         if rows is not None:                                     # compact: write the rows back to where they came from
             h = h.flatten(0, 1).index_add(0, rows.flat, out).view_as(h)
         elif keep is None or call.compact:
@@ -418,7 +420,7 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Model(nn.Module):
-    """Embedding, L gated blocks, final norm, head. The two names below `model.` and `lm_head` are Hugging Face's."""
+    """Embedding, L gated blocks, final norm, head. The attribute names `model` and `lm_head` are Hugging Face's."""
 
     def __init__(self, config):
         super().__init__()
@@ -486,13 +488,13 @@ class Model(nn.Module):
             raise InputError(f"compute {compute!r} is not one of masked, compact")
         policy = policy or SkipPolicy()
         B, S = input_ids.shape
-        h = self.model["embed_tokens"](input_ids)                                # (B, S, H)
+        h = self.model["embed_tokens"](input_ids)                                # (B, S, H): h_0, line 2
         if self.config.gemma:
             h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype, device=h.device)
         call = self.start_call(h, positions, valid, cache, policy, compute)
 
         below, gates, scores = None, [], []
-        for block in self.model["layers"]:
+        for block in self.model["layers"]:                                       # line 4, two branches at a time
             arguments = (h, below, *self.gates_of(block), call)
             if checkpoint_blocks and torch.is_grad_enabled():
                 h, below, g, s = checkpoint(block, *arguments, use_reentrant=False)

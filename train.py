@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import batch_at, collate, encode_all, hold_out, load_examples
-from gates import GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss
+from gates import ARCHS, FORMS, GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss
 from generate import generate, make_policy, pick_device, seed_number
 from load_weights import check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json, save_config, save_model
 from model import SHAPES, Model
@@ -41,7 +41,8 @@ NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",          
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description="Fine-tune a model with residual gates (Algorithm 1).",
+    p = argparse.ArgumentParser(description="Fine-tune a model with residual gates (Algorithm 1). The defaults shown are "
+                                "Table 15 of the paper; a preset changes some: " + "; ".join(f"{name} {changed}" for name, changed in PRESETS.items()),
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--preset", choices=PRESETS, help="flag defaults for a model; tiny if neither --model nor --init-config is given")
@@ -53,7 +54,7 @@ def parse_args(argv):
     add("--eval-limit", type=int, default=200, help="problems in that table")
     add("--calibration-sequences", type=int, default=HELD_OUT, help="how many of the held-out ones to calibrate on")
     add("--calibrate", type=float, nargs="+", metavar="BUDGET", help="budgets to calibrate at the end; default: 0.95, 0.9, ... as far down as training went")
-    add("--out", default="runs/gateskip", help="folder of this run: checkpoints, metrics.jsonl, curves")
+    add("--out", default="runs/demo", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=int, default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")
     add("--overwrite", action="store_true", help="delete the run in --out first")
@@ -68,16 +69,16 @@ def parse_args(argv):
     add("--seed", type=seed_number, default=1)
     # the paper
     add("--schedule", choices=("linear", "uniform"), default="linear", help="budget: Algorithm 1's decay, or drawn anew each step")
-    add("--budget-start", type=float, default=1.0)
-    add("--budget-end", type=float, default=0.8)
+    add("--budget-start", type=float, default=1.0, help="share of tokens that a branch keeps at first")
+    add("--budget-end", type=float, default=0.8, help="and at last; uniform draws between the two")
     add("--sparsity-weight", type=float, default=0.1, help="lambda")
-    add("--sparsity-loss", choices=("l2", "l1", "l2_norm", "kl"), default="l2")
-    add("--gate", choices=("vector", "scalar", "none"), default="vector", help="none: plain fine-tuning of the dense model")
-    add("--gate-arch", choices=("linear", "mlp", "lowrank"), default="linear")
+    add("--sparsity-loss", choices=("l2", "l1", "l2_norm", "kl"), default="l2", help="mean of g^2, mean of g, eq. 4, or towards the budget")
+    add("--gate", choices=(*FORMS, "none"), default="vector", help="none: plain fine-tuning of the dense model")
+    add("--gate-arch", choices=ARCHS, default="linear", help="lowrank: U V with a narrow middle; mlp: two layers")
     add("--gate-rank", type=int, default=0, help="of lowrank; 0: 16 where the model is at least 1024 wide, else width / 16")
     add("--gate-shared", action="store_true", help="one attention and one MLP gate for all layers")
-    add("--gate-input", choices=("normed", "residual"), default="normed")
-    add("--gate-placement", choices=("after", "before"), default="after")
+    add("--gate-input", choices=("normed", "residual"), default="normed", help="what the branch reads, or the residual stream (eq. 2 literally)")
+    add("--gate-placement", choices=("after", "before"), default="after", help="the gate multiplies the branch's output or its input")
     add("--gate-detach", action="store_true", help="no gradient into the backbone through the gate's input")
     add("--skip", choices=GRANULARITIES, default="all", help="which branches may be skipped")
     add("--kv", choices=("copy_up", "dense"), default="copy_up", help="K and V of a skipped token")
@@ -233,6 +234,7 @@ def plot_metrics(out, name="metrics.png"):
             axis.plot([r["step"] for r in rows], values, label={"ce": "cross-entropy"}.get(key, key.replace("_", " ")), **style)
         axis.set(xlabel="step", title=title)
         axis.legend()
+        axis.ticklabel_format(axis="y", useOffset=False)
     axes[0].set_yscale("log")
     figure.savefig(out / name, dpi=120)
     plt.close(figure)
@@ -300,7 +302,7 @@ def finish(model, args, sets, out, step, say):
     for budget in budgets:
         policy = make_policy(config, "frozen", budget)
         loss, accuracy, saved = evaluate(model, sets["eval"], policy)
-        row = f"{budget:6.2f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}"
+        row = f"{budget:6.3f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   {saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}"
         if budget < 1.0:
             share = saved["skipped"] / policy.skippable_share(config.num_hidden_layers)
             chance = SkipPolicy("random", max(1.0 - share, 1e-3), args.skip, args.kv, generator=torch.Generator().manual_seed(args.seed))
@@ -410,7 +412,7 @@ def main(argv=None):
             input_ids, loss_mask, valid = collate(picked[start:start + args.batch_size])                  # (B, S) each
             places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))                 # (N,), (N,)
             valid = None if valid.all() else valid.to(device)
-            logits, trace = run(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,   # lines 4-16
+            logits, trace = run(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,   # lines 4-16, and Embed of line 2
                                 logits=places, checkpoint_blocks=args.checkpoint_activations)             # (N, V)
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens                # line 17: L_CE
             sparsity = ce.new_zeros(())

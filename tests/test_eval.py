@@ -130,7 +130,7 @@ def test_the_rows(folders, tmp_path, capsys):
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for r in rows:
-        assert f"{r['row']:20}  {r['budget']:6.2f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})" in printed
+        assert f"{r['row']:20}  {r['budget']:6.3f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})" in printed
     assert "dense                     0.0%      -      -      -      -      -\n" in printed and "5 problems of arithmetic" in printed
 
 
@@ -175,7 +175,7 @@ def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
     row = {"row": "GateSkip", "budget": 0.9, "skipped": 0.1, "accuracy": 0.5, "stderr": 0.1, "macs_saved": 0.0, "n": 5}
     (tmp_path / "other.json").write_text(json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]}))
     result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(tmp_path / "other.json"))
-    assert drawn == [[("GateSkip", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]] and len(result["rows"]) == 2
+    assert drawn == [[(f"GateSkip, {folders['gated'].name}", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]] and len(result["rows"]) == 2
     for bad in ('{"rows": []}', "[]", "{", '{"settings": {"model": "x"}, "rows": [{"row": "GateSkip"}]}'):
         (tmp_path / "other.json").write_text(bad)
         with pytest.raises(InputError, match="other.json"):

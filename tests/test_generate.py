@@ -240,8 +240,10 @@ def test_policy_for_a_model(folder, dense, uncalibrated, capsys):
     policy = make_policy(calibrated, "auto", 0.85)
     assert (policy.kind, policy.budget, policy.skip, policy.kv) == ("frozen", 0.85, "all", "copy_up")
     assert policy.thresholds == thresholds_at(calibrated.gateskip["thresholds"], 0.85)
+    assert "budget 0.85 is not among the calibrated (1.0, 0.9, 0.7): thresholds interpolated" in capsys.readouterr().err
+    assert make_policy(calibrated, "auto", 0.9).thresholds == calibrated.gateskip["thresholds"]["0.9"]
     assert make_policy(calibrated, "batch", 0.85, kv="dense").kv == "dense" and capsys.readouterr().err == ""
-    assert make_policy(raw, "auto", 0.85).kind == "batch" and "skips nothing for a single stream" in capsys.readouterr().err
+    assert make_policy(raw, "auto", 0.85).kind == "batch" and "skips nothing in a decoding step of a single stream" in capsys.readouterr().err
     assert make_policy(plain, "auto", 1.0).kind == make_policy(calibrated, "frozen", 1.0).kind == make_policy(calibrated, "none", 0.5).kind == "none"
     a, b, c = (make_policy(plain, "random", 0.5, seed=seed) for seed in (1, 1, 2))
     masks = [p.keep(0, None, torch.ones(1, 64, dtype=torch.bool)) for p in (a, b, c)]
@@ -261,8 +263,8 @@ def test_policy_that_cannot_be(folder, dense, uncalibrated, capsys):
             make_policy(load_model(source).config, kind, budget, **settings)
         assert complaint in str(error.value) and "\n" not in str(error.value)
     assert capsys.readouterr().err == ""                         # no warning beside an error
-    make_policy(load_model(folder).config, "auto", 0.75)
-    assert capsys.readouterr().err == "warning: budget 0.75 is below 0.8, the lowest this model was trained for\n"
+    make_policy(load_model(folder).config, "auto", 0.7)
+    assert capsys.readouterr().err == "warning: budget 0.7 is below 0.8, the lowest this model was trained for\n"
 
 
 def test_device_and_reason_are_said(capsys, monkeypatch):

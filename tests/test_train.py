@@ -646,7 +646,7 @@ def test_the_end_of_a_run(folder, unbroken, capsys):
     assert [word for word in ("budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping") if word in printed[head]] \
         == ["budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping"]
     rows = [line.split() for line in printed[head + 1:head + 4]]
-    assert [row[0] for row in rows] == ["1.00", "0.90", "0.80"] and [len(row) for row in rows] == [6, 7, 7]
+    assert [row[0] for row in rows] == ["1.000", "0.900", "0.800"] and [len(row) for row in rows] == [6, 7, 7]
     skipped, macs = ([float(row[i].rstrip("%")) for row in rows] for i in (3, 5))
     assert skipped[0] == 0 < skipped[1] < skipped[2] and macs[0] < 0 and macs[0] < macs[1] < macs[2]    # open gates only cost
     assert any("10.0% ->" in line and "20.0% ->" in line for line in printed)
