@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from gates import Gate, GateConfig, InputError, SkipPolicy, count_macs
-from generate import pick_device
+from generate import pick_device, pyplot
 from load_weights import load_model
 from model import SHAPES, KVCache, Model, ModelConfig
 
@@ -201,13 +201,9 @@ HEADER = "work     batch      gate     skipped  masked s  compact s  ratio   ide
 
 def plot(rows, path):
     """Ratio over budget 1.0 against what was skipped, with the ideal dashed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     main = next(r["gate"] for r in rows if r["compute"] == "masked")
     for number, (work, batch) in enumerate(dict.fromkeys((r["work"], r["batch"]) for r in rows if not r["peer"])):

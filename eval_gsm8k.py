@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import encode_prompt, load_examples
 from gates import InputError, check_budget
-from generate import generate, make_policy, pick_device, seed_number
+from generate import generate, make_policy, pick_device, pyplot, seed_number
 from load_weights import check_fit, load_model, load_tokenizer, read_json
 
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -98,13 +98,9 @@ def rows_of(file):
 
 def plot(rows, path):
     """Accuracy against what was skipped, and against MACs saved, with standard errors."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for name in dict.fromkeys(r["row"] for r in rows):
         mine = sorted((r for r in rows if r["row"] == name), key=lambda r: r["skipped"])

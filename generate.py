@@ -148,6 +148,18 @@ def pick_device(name=None, dtype="float32", tf32=False):
     return device, getattr(torch, dtype)
 
 
+def pyplot():
+    """matplotlib.pyplot, drawing to files; None, and one line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
 def savings_line(saved, compute="compact"):
     """The three numbers, never one alone."""
     label = "" if compute == "compact" else " if run compact"

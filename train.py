@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import batch_at, collate, encode_all, hold_out, load_examples
 from gates import ARCHS, FORMS, GRANULARITIES, GateConfig, InputError, Savings, SkipPolicy, budget_at, calibrate, check_budget, sparsity_loss
-from generate import generate, make_policy, pick_device, seed_number
+from generate import generate, make_policy, pick_device, pyplot, seed_number
 from load_weights import check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json, save_config, save_model
 from model import SHAPES, Model
 
@@ -217,13 +217,9 @@ def _metrics(out):
 
 def plot_metrics(out, name="metrics.png"):
     """out/metrics.jsonl as curves."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no curves: matplotlib is not installed (pip install matplotlib)")
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in _metrics(out)]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for axis, keys, title in zip(axes, (("loss", "ce"), ("gate_mean",), ("budget", "kept")),

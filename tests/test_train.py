@@ -733,7 +733,7 @@ def test_curves(unbroken, tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot_metrics(tmp_path)
-    assert capsys.readouterr().out == "no curves: matplotlib is not installed (pip install matplotlib)\n" and not (tmp_path / "metrics.png").exists()
+    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n" and not (tmp_path / "metrics.png").exists()
 
 
 # What it needs, on paper.
