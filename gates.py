@@ -161,7 +161,7 @@ def select_tokens(scores, budget, valid=None):
     if check_budget(budget) >= 1.0 or scores.numel() == 0:
         return valid
     tau = quantile_threshold(scores, 1.0 - budget, valid)        # Algorithm 1 line 8, Algorithm 2 line 6
-    keep = valid & (scores.double() > tau)                       # line 10 of both: g-bar <= tau is skipped
+    keep = valid & (scores.double() > tau)                       # Algorithm 1 lines 9-15: g-bar <= tau is skipped
     largest = scores.masked_fill(~valid, -torch.inf).max()
     return torch.where(keep.any(), keep, valid & (scores == largest))
 

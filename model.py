@@ -373,7 +373,7 @@ class Block(nn.Module):
             if self.config.gate.placement == "before":
                 x = x * g.to(x.dtype)
         if same_as is None:
-            keep = call.decide(number, scores)                   # line 8, and who passes line 10; None: everybody
+            keep = call.decide(number, scores)                   # line 8, and who passes in 9-15; None: everybody
         else:
             keep = call.keep[number] = call.keep[same_as]
         rows = call.rows(keep)                                   # None: run all rows
