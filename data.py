@@ -7,32 +7,24 @@ The paper's template (Appendix I.2), with the loss on everything after `Answer:`
 Data is a file (GSM8K or CommonsenseQA as JSONL or parquet, or plain text) or the built-in arithmetic word
 problems, which need no download. `python data.py` shows some; `python data.py --data FILE` shows how a file is read.
 """
-import argparse
 import hashlib
 import json
 import random
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+
+from console import InputError, run
+from flags import Parser, seed_number, whole
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from gates import InputError
-
-
-class Example(NamedTuple):
-    """One question with a worked answer. Plain text needs no such thing: a document is a str."""
-    question: str
-    reasoning: str  # may be empty
-    answer: str     # what stands after "####": a number, or the letter of an option
+from problems import SPLITS, Example, arithmetic, train_tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------
-# The template. The prompt and the target are always encoded apart, in training as in evaluation, so
-# that the model never meets a token that straddles the border between them.
+# ---------------------------------------------------------------------------------------------------------------------
+# The template. Prompt and target are always encoded apart, so that no token straddles the border between them
+# ---------------------------------------------------------------------------------------------------------------------
 
 def prompt_text(question):
     """question -> "Question: …\\nAnswer:", without a trailing space: the target brings it."""
@@ -68,7 +60,7 @@ def encode_all(examples, tokenizer, eos_id, seq_len):
     A document is cut into windows that share one token, so that each token but the first is predicted exactly once.
     InputError if nothing is left."""
     if seq_len < 2:
-        raise InputError(f"--seq-len must be at least 2, not {seq_len}: the first token has nothing to be predicted from")
+        raise InputError(f"--seq-len must be at least 2, not {seq_len}: nothing predicts the first token")
     items, dropped, shortest = [], 0, None
     for example in examples:
         ids, mask = encode_example(tokenizer, example, eos_id)
@@ -86,8 +78,9 @@ def encode_all(examples, tokenizer, eos_id, seq_len):
     return items, dropped
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches.
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
 
 def collate(items):
     """list of B (ids, loss_mask) -> input_ids (B, S) int64, loss_mask (B, S) bool, valid (B, S) bool.
@@ -102,6 +95,12 @@ def collate(items):
         loss_mask[row, :len(ids)] = torch.tensor(mask)
         valid[row, :len(ids)] = True
     return input_ids, loss_mask, valid
+
+
+def answer_places(input_ids, loss_mask):
+    """Where the answer's tokens are predicted: flat places b * S + s (N,), and the ids that follow there (N,)."""
+    places = loss_mask[:, 1:].nonzero()                          # (N, 2): token s+1 is to be predicted at s
+    return places[:, 0] * input_ids.shape[1] + places[:, 1], input_ids[:, 1:][loss_mask[:, 1:]]
 
 
 @lru_cache(maxsize=2)  # a batch touches the epoch it is in, and at a border the next one
@@ -138,8 +137,36 @@ def hold_out(examples, *sizes):
     return [example for group in groups.values() for example in group], *held
 
 
-# ---------------------------------------------------------------------------------------------------
-# Files. Every complaint is one line that says where: the file and the line (or the row, in parquet).
+def load_sets(args, tokenizer, eos_id, held_out):
+    """{"train", "calibration", "check", "eval"}: lists of (ids, loss_mask), disjoint. Says what was dropped.
+
+    args: train.py's flags. held_out: how many examples are put aside for each of calibration, check and eval."""
+    if args.data == "arithmetic":
+        held, n = load_examples("arithmetic", "calibration", 2 * held_out, args.seed), args.batch_size * args.grad_accum
+        texts = {"train": load_examples("arithmetic", "train", min(args.steps * n, 200_000), args.seed),
+                 "calibration": held[:held_out], "check": held[held_out:],
+                 "eval": load_examples("arithmetic", "test", args.eval_limit)}
+    else:
+        names = ("train", "calibration", "check") + (() if args.eval_data else ("eval",))
+        texts = dict(zip(names, hold_out(load_examples(args.data), *(held_out,) * (len(names) - 1))))
+    if args.eval_data:
+        texts["eval"] = load_examples(args.eval_data, "test", args.eval_limit)
+    sets, dropped = {}, 0
+    for name in ("calibration", "check"):
+        texts[name] = texts[name][:args.calibration_sequences]
+    for name, examples in texts.items():
+        sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
+        dropped += n
+    note = f"; {dropped} longer than --seq-len {args.seq_len} left out" if dropped else ""
+    if shared := len(set(texts["train"]) & set(texts["eval"])):
+        note += f"; CAUTION: {shared} of the eval problems are trained on, they are in --data too"
+    print("data: " + ", ".join(f"{len(items)} {name}" for name, items in sets.items()) + note)
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files. Every complaint is one line that says where: the file and the line (or the row, in parquet)
+# ---------------------------------------------------------------------------------------------------------------------
 
 def load_examples(name, split="train", n=None, seed=0):
     """-> the first n examples of `name`: "arithmetic", or the path of a file (which is its own split)."""
@@ -220,7 +247,7 @@ READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
 def _to_example(row, where):
-    """One row -> Example or str ("" for a blank document, which holds nothing to learn); InputError if it is neither."""
+    """One row -> Example or str ("" for a blank document, which teaches nothing); InputError if it is neither."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named fields, not {type(row).__name__}")
     if "text" in row and "question" not in row:
@@ -261,146 +288,27 @@ def _text(value, field, where):
     return value
 
 
-# ---------------------------------------------------------------------------------------------------
-# The built-in problems: an opening, some events, an ending; every step needs the number before it.
-# All numbers lie in 2…99 and the vocabulary is small, so that 1.6 million parameters can learn it.
-
-BOYS = ("Tom", "Ben", "Sam", "Max", "Leo", "Dan")
-GIRLS = ("Ann", "Eva", "Mia", "Zoe", "Sue", "Kim")
-THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "nuts", "pens", "shells", "stamps", "stones", "toys")
-
-OPENINGS = (  # x op k; in the answer: "Tom has {x}{op}{k}={y} apples."
-    ("*", "{name} buys {x} boxes of {k} {things}."),
-    ("*", "{name} finds {k} {things} a day for {x} days."),
-    ("*", "In each of {x} bags {name} has {k} {things}."),
-    ("+", "{name} has {x} red {things} and {k} blue {things}."),
-    ("+", "{name} finds {x} {things} on Monday and {k} on Friday."),
-    ("-", "{name} had {x} {things} and lost {k}."),
-    ("-", "{name} buys all but {k} of {x} {things}."),
-    ("/", "{name} and friends, {k} in all, share {x} {things}."),
-)
-EVENTS = (  # x is the number so far; in the answer: "Now {x}{op}{k}={y}."
-    ("+", "Then {he} buys {k} more."),
-    ("+", "{friend} gives {him} {k} more."),
-    ("+", "Later {he} finds {k}."),
-    ("-", "Then {he} gives {friend} {k}."),
-    ("-", "On the way {he} lost {k}."),
-    ("-", "Later {he} sells {k}."),
-    ("*", "By Friday {he} has {times} as many."),
-    ("/", "{He} keeps one of {k} equal piles."),
-)
-ENDINGS = (  # steps, op, question, answer
-    (0, "", "How many {things} does {name} have now?", ""),
-    (1, "*", "{He} sells all for {k} dollars each. How many dollars does {he} get?", "{He} gets {step} dollars."),
-    (1, "/", "How many bags of {k} does {he} fill?", "{He} fills {step} bags."),
-    (2, "+", "{friend} has {k} more. How many do they have together?", "{friend} has {step}."),
-    (2, "-", "{friend} has {k} fewer. How many do they have together?", "{friend} has {step}."),
-    (2, "*", "{friend} has {times} as many. How many do they have together?", "{friend} has {step}."),
-)
-OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
-
-
-def _operands(op, x):
-    """The k for which x op k is allowed: results in 2…99, products and quotients out of the tables or by two."""
-    if op == "+":
-        return range(2, min(20, 99 - x) + 1)
-    if op == "-":
-        return range(2, min(20, x - 2) + 1)
-    if op == "*":
-        return [k for k in range(2, 10) if x * k <= 99 and (x <= 12 or k == 2)]
-    return [k for k in range(2, 10) if x % k == 0 and 2 <= x // k and (x // k <= 12 or k == 2)]
-
-
-def _problem(rng):
-    """-> one random Example of 2 or 3 steps, or None if the numbers drawn lead into a dead end."""
-    name, friend = rng.sample(BOYS + GIRLS, 2)
-    he, him = ("he", "him") if name in BOYS else ("she", "her")
-    words = dict(name=name, friend=friend, he=he, He=he.capitalize(), him=him, things=rng.choice(THINGS))
-    steps = rng.randint(2, 3)
-    ending_steps, ending_op, ending, ending_answer = rng.choice([e for e in ENDINGS if e[0] < steps])
-    opening_op, opening = rng.choice(OPENINGS)
-    story = [(opening_op, opening, "{name} has {step} {things}.")]
-    story += [(*rng.choice(EVENTS), "Now {step}.") for _ in range(steps - 1 - ending_steps)]
-    story += [(ending_op, ending, ending_answer)] if ending_op else []
-
-    y = rng.randint(2, 12) if opening_op == "*" else rng.randint(10, 80)
-    asked, worked = [], []
-    for op, sentence, solution in story:
-        x, choices = y, _operands(op, y)
-        if not choices:
-            return None
-        k = rng.choice(choices)
-        y = OPERATIONS[op](x, k)
-        words.update(x=x, k=k, times="twice" if k == 2 else f"{k} times", step=f"{x}{op}{k}={y}")
-        asked.append(sentence.format(**words))
-        worked.append(solution.format(**words))
-    if ending_steps == 0:
-        asked.append(ending.format(**words))
-    if ending_steps == 2:
-        if x + y > 99:
-            return None
-        worked.append(f"Together {x}+{y}={x + y}.")
-        y = x + y
-    return Example(" ".join(asked), " ".join(worked), str(y))
-
-
-def split_of(question):
-    """-> "test" for one question in ten, "calibration" for another, else "train": decided by its sha256, so a
-    problem is held out for good, whatever the seed."""
-    return {0: "test", 1: "calibration"}.get(int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10, "train")
-
-
-def arithmetic(n, split="train", seed=0):
-    """-> list of n different word problems (Example) of one split; the same for the same arguments, always."""
-    if split not in ("train", "calibration", "test"):
-        raise InputError(f"split must be train, calibration or test, not {split}")
-    if n > 200_000:
-        raise InputError(f"{n} built-in problems are too many: at most 200000 of a split")
-    rng = random.Random(seed)
-    problems = {}  # by question: keeps the order, refuses repetitions
-    while len(problems) < n:
-        problem = _problem(rng)
-        if problem and split_of(problem.question) == split:
-            problems.setdefault(problem.question, problem)
-    return list(problems.values())
-
-
 def make_tokenizer():
-    """-> a byte-level BPE tokenizer with at most 512 tokens, trained here on training problems, always the same.
-
-    Each digit is its own token, so that numbers are spelled and not memorised; any text survives the round trip.
-    <bos> is 0 and <eos> is 1; <bos> is put in front of what is encoded, as Llama 3's tokenizer does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<bos>", "<eos>"], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = (prompt_text(p.question) + target_text(p.reasoning, p.answer) for p in arithmetic(4_000))
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B",
-                                                             special_tokens=[("<bos>", 0)])
-    return tokenizer
+    """The tokenizer of the built-in problems, always the same."""
+    return train_tokenizer(prompt_text(p.question) + target_text(p.reasoning, p.answer) for p in arithmetic(4_000))
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Show examples as the model sees them, or write the built-in tokenizer.")
-    parser.add_argument("--data", default="arithmetic", help="arithmetic, or a .jsonl, .parquet or .txt file")
-    parser.add_argument("--split", default="train", choices=("train", "calibration", "test"), help="of the arithmetic problems")
-    parser.add_argument("--n", type=int, default=3, help="how many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
-    args = parser.parse_args()
-    try:
-        if args.make_tokenizer:
-            Path(args.make_tokenizer).write_text(make_tokenizer().to_str(pretty=True), encoding="utf-8")
-            return
-        for example in load_examples(args.data, args.split, args.n, args.seed):
-            text = example if isinstance(example, str) else prompt_text(example.question) + target_text(*example[1:])
-            print(text, end="\n\n")
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv=None):
+    p = Parser("Show examples as the model sees them, or write the built-in tokenizer.")
+    p.add_argument("--data", default="arithmetic", help="arithmetic, or a .jsonl, .parquet or .txt file")
+    p.add_argument("--split", default="train", choices=SPLITS, help="of the arithmetic problems")
+    p.add_argument("--n", type=whole(1), default=3, help="how many")
+    p.add_argument("--seed", type=seed_number, default=0, help="of the arithmetic problems")
+    p.add_argument("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
+    args = p.parse_args(argv)
+    if args.make_tokenizer:
+        Path(args.make_tokenizer).write_text(make_tokenizer().to_str(pretty=True), encoding="utf-8")
+        return 0
+    for example in load_examples(args.data, args.split, args.n, args.seed):
+        text = example if isinstance(example, str) else prompt_text(example.question) + target_text(*example[1:])
+        print(text, end="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,21 +5,23 @@
 
 Zero-shot with the training template. An answer counts if the first `#### number` in it is the right one.
 """
-import argparse
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
-import torch
+from console import InputError, pick_device, pyplot, run
+from flags import Parser, add_machine_flags, seed_number, whole
+
 from tqdm import tqdm
 
 from data import encode_prompt, load_examples
-from gates import InputError, check_budget
-from generate import generate, make_policy, pick_device, pyplot, seed_number
+from gates import check_budget
+from generate import generate
 from load_weights import check_fit, load_model, load_tokenizer, read_json
+from savings import Savings
+from thresholds import make_policy
 
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 TARGETS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)                    # the columns of the paper's Table 1
@@ -66,23 +68,37 @@ def interpolate(points, targets=TARGETS):
 
 def run_row(name, model, tokenizer, examples, policy, budget, args):
     """One line of the table: generate answers to all examples under one policy and score them. A dict."""
-    config, started = model.config, time.perf_counter()
-    strict = flexible = 0
-    sums = None
+    started, savings, strict, flexible = time.perf_counter(), Savings(model.config), 0, 0
     for start in tqdm(range(0, len(examples), args.batch_size), desc=f"{name} {budget:.2f}", leave=False):
         batch = examples[start:start + args.batch_size]
-        result = generate(model, [encode_prompt(tokenizer, e.question) for e in batch], args.max_new_tokens, policy, set(config.eos_ids))
+        prompts = [encode_prompt(tokenizer, e.question) for e in batch]
+        result = generate(model, prompts, args.max_new_tokens, policy, set(model.config.eos_ids))
         for example, new in zip(batch, result.tokens):
             text, gold = tokenizer.decode(new), normalise(example.answer)
             strict += extract_answer(text) == gold
             flexible += extract_answer(text, flexible=True) == gold
-        s = result.savings
-        now = [s["pairs"] * s["skipped"], s["pairs"], s["calls"] * s["skipped_per_call"], s["calls"], s["macs"], s["macs_dense"]]
-        sums = now if sums is None else [a + b for a, b in zip(sums, now)]
-    n, p = len(examples), strict / len(examples)
-    return {"row": name, "policy": policy.kind, "budget": budget, "n": n, "accuracy": p, "stderr": (p * (1 - p) / n) ** 0.5,
-            "flexible": flexible / n, "skipped": sums[0] / sums[1], "skipped_per_call": sums[2] / sums[3],
-            "macs_saved": 1 - sums[4] / sums[5], "seconds": round(time.perf_counter() - started, 2)}
+        savings += result.savings
+    n, p, saved = len(examples), strict / len(examples), savings.report()
+    three = lambda report: {key: report[key] for key in ("skipped", "skipped_per_call", "macs_saved")}
+    return {"row": name, "policy": policy.kind, "budget": budget, "n": n, "accuracy": p,
+            "stderr": (p * (1 - p) / n) ** 0.5, "flexible": flexible / n, **three(saved),
+            **{part: three(saved[part]) for part in ("prompt", "answer") if part in saved},
+            "seconds": round(time.perf_counter() - started, 2)}
+
+
+THREE = (("skipped", "skipped, %", ""), ("skipped_per_call", "averaged per call, %", ""),
+         ("macs_saved", "MACs saved, %", "+"))                   # key, title, sign
+HEADER = (" " * 49 + " ".join(f"{title:^21}" for _, title, _ in THREE) + "\n"
+          + f"{'row':19} {'budget':6} {'accuracy (s.e.)':>14} {'flexible':>8}"
+          + " ".join(["    all prompt answer"] * 3) + f" {'sec':>6}")
+
+
+def line_of(r):
+    """A row as printed: each of the three numbers for all tokens, for prompt tokens, and for generated tokens."""
+    parts = r, r.get("prompt"), r.get("answer")
+    three = ["".join(f"{100 * p[key]:{sign}7.1f}" if p else "      -" for p in parts) for key, _, sign in THREE]
+    return (f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:7.1%} ({r['stderr']:4.1%}) {r['flexible']:8.1%}"
+            + " ".join(three) + f" {r['seconds']:6.1f}")
 
 
 def rows_of(file):
@@ -91,9 +107,11 @@ def rows_of(file):
         stored = read_json(file)
         name = f"GateSkip, {Path(stored['settings']['model']).name}"
         needed = ("skipped", "macs_saved", "accuracy", "stderr")
-        return [{"row": name, **{key: float(r[key]) for key in needed}} for r in stored["rows"] if r["row"] == "GateSkip"]
+        rows = [r for r in stored["rows"] if r["row"] == "GateSkip"]
+        return [{"row": name, **{key: float(r[key]) for key in needed}} for r in rows]
     except (OSError, KeyError, TypeError, ValueError):
-        raise InputError(f"--compare {file} is no eval.json of this program: give one from another run's --out") from None
+        raise InputError(f"--compare {file} is no eval.json of this program: give one from another run's "
+                         "--out") from None
 
 
 def plot(rows, path):
@@ -105,8 +123,8 @@ def plot(rows, path):
     for name in dict.fromkeys(r["row"] for r in rows):
         mine = sorted((r for r in rows if r["row"] == name), key=lambda r: r["skipped"])
         for axis, key in zip(axes, ("skipped", "macs_saved")):
-            axis.errorbar([100 * r[key] for r in mine], [100 * r["accuracy"] for r in mine], [100 * r["stderr"] for r in mine],
-                          label=name, marker="o", markersize=4, capsize=2, linestyle="-" if len(mine) > 1 else "")
+            x, y, error = ([100 * r[k] for r in mine] for k in (key, "accuracy", "stderr"))
+            axis.errorbar(x, y, error, label=name, marker="o", markersize=4, capsize=2, ls="-" if len(mine) > 1 else "")
     for axis, label in zip(axes, ("(token, branch) pairs skipped, %", "multiply-accumulates saved, gates paid, %")):
         axis.set(xlabel=label)
         axis.set_ylim(-3, 103)
@@ -117,28 +135,51 @@ def plot(rows, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description="Accuracy against compute saved.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_args(argv):
+    p = Parser("Accuracy against compute saved.")
     add = p.add_argument
     add("--model", default="runs/demo", help="the gated model: folder, a run's --out, or hub id")
     add("--dense", help="the same model without gates: for the dense row and for random skipping")
     add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
-    add("--limit", type=int, default=200, help="the first N problems")
-    add("--budgets", type=float, nargs="+", help="default: 1.0 0.95 0.9 0.85 0.8 0.75, as far down as the model is calibrated")
-    add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto", help="of the GateSkip row; batch depends on --batch-size")
-    add("--batch-size", type=int, default=100, help="problems that are generated together")
-    add("--max-new-tokens", type=int, default=96)
-    add("--compare", nargs="+", default=[], metavar="FILE", help="eval.json of other runs, whose GateSkip rows join the picture")
+    add("--limit", type=whole(1), default=200, help="the first N problems")
+    add("--budgets", type=check_budget, nargs="+",
+        help="default: 1.0 0.95 0.9 0.85 0.8 0.75, as far down as the model is calibrated")
+    add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto",
+        help="of the GateSkip row; batch depends on --batch-size")
+    add("--batch-size", type=whole(1), default=100, help="problems that are generated together")
+    add("--max-new-tokens", type=whole(1), default=96, help="of each answer")
+    add("--compare", nargs="+", default=[], metavar="FILE",
+        help="eval.json of other runs, whose GateSkip rows join the picture")
     add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
     add("--seed", type=seed_number, default=0, help="of random skipping")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = p.parse_args(argv)
-    for budget in args.budgets or ():
-        check_budget(budget)
-    if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 1:
-        raise InputError("--batch-size, --max-new-tokens and --limit must be at least 1")
+    add_machine_flags(p)
+    return p.parse_args(argv)
 
+
+def plan_rows(args, device, dtype, tokenizer, model):
+    """[(row name, model, policy, budget)], every policy made before the first row: what cannot be run is said now."""
+    if args.budgets is None:
+        lowest = min(map(float, model.config.gateskip.get("thresholds", {"0": []})))
+        args.budgets = [b for b in BUDGETS if b >= lowest]
+    less = [b for b in args.budgets if b < 1.0]
+    if model.config.gate:
+        plan = [("GateSkip", model, args.policy, b) for b in args.budgets]
+    else:                                                        # nothing to rank tokens by
+        plan = [("model", model, "none", 1.0)]
+    if args.dense:
+        dense = load_model(args.dense, device=device, dtype=dtype)
+        if dense.config.gate:
+            raise InputError(f"--dense {args.dense} has gates: give the model without them")
+        check_fit(dense, tokenizer)
+        plan += [("dense", dense, "none", 1.0)] + [("random, dense", dense, "random", b) for b in less]
+    if model.config.gate:
+        plan += [("random ranks, gated", model, "random", b) for b in less]
+    return [(name, which, make_policy(which.config, kind, b, seed=args.seed, device=device), b)
+            for name, which, kind, b in plan]
+
+
+def main(argv=None):
+    args = parse_args(argv)
     others = [row for file in args.compare for row in rows_of(file)]
     examples = load_examples(args.data, "test", args.limit)
     if isinstance(examples[0], str):
@@ -150,42 +191,31 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
-    if args.budgets is None:
-        lowest = min(map(float, model.config.gateskip.get("thresholds", {"0": []})))
-        args.budgets = [b for b in BUDGETS if b >= lowest]
-    if model.config.gate:
-        plan = [("GateSkip", model, args.policy, b) for b in args.budgets]
-    else:                                                        # nothing to rank tokens by
-        plan = [("model", model, "none", 1.0)]
-    if args.dense:
-        dense = load_model(args.dense, device=device, dtype=dtype)
-        if dense.config.gate:
-            raise InputError(f"--dense {args.dense} has gates: give the model without them")
-        check_fit(dense, tokenizer)
-        plan += [("dense", dense, "none", 1.0)] + [("random, dense", dense, "random", b) for b in args.budgets if b < 1.0]
-    if model.config.gate:
-        plan += [("random ranks, gated", model, "random", b) for b in args.budgets if b < 1.0]
-    # every policy before the first row: what cannot be run is said now
-    plan = [(name, which, make_policy(which.config, kind, b, seed=args.seed, device=device), b) for name, which, kind, b in plan]
+    plan = plan_rows(args, device, dtype, tokenizer, model)
     room = min(which.config.max_position_embeddings for _, which, _, _ in plan) - args.max_new_tokens
     fitting = [e for e in examples if len(encode_prompt(tokenizer, e.question)) <= room]
     if not fitting:
-        raise InputError(f"every question is too long for the model with --max-new-tokens {args.max_new_tokens}: lower it")
-    note = f"; {len(examples) - len(fitting)} left out, longer than {room} tokens" if len(fitting) < len(examples) else ""
-    examples = fitting
+        raise InputError(f"every question is too long for the model with --max-new-tokens {args.max_new_tokens}: "
+                         "lower it")
+    note, too_long = "", len(examples) - len(fitting)
+    if too_long:
+        note = f"; {too_long} left out, longer than {room} tokens"
 
-    print(f"\n{len(examples)} problems of {args.data}{note}, batches of {min(args.batch_size, len(examples))}\n")
-    print("row                   budget   accuracy (s.e.)   flexible   skipped   per call   macs_saved   seconds")
+    batch = min(args.batch_size, len(fitting))
+    print(f"\n{len(fitting)} problems of {args.data}{note}, batches of {batch}\n\n{HEADER}")
     rows = []
     for name, which, policy, budget in plan:
-        r = run_row(name, which, tokenizer, examples, policy, budget, args)
-        rows.append(r)
-        print(f"{name:20}  {budget:6.3f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})   {r['flexible']:8.1%}   {r['skipped']:7.1%}   "
-              f"{r['skipped_per_call']:8.1%}   {r['macs_saved']:+10.1%}   {r['seconds']:7.1f}", flush=True)
-        exact = {who: interpolate([(q["skipped"], q["accuracy"]) for q in rows if q["row"] == who]) for who in dict.fromkeys(q["row"] for q in rows)}
-        (out / "eval.tmp").write_text(json.dumps({"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}, indent=1))
+        rows.append(run_row(name, which, tokenizer, fitting, policy, budget, args))
+        print(line_of(rows[-1]), flush=True)
+        points = {}
+        for r in rows:
+            points.setdefault(r["row"], []).append((r["skipped"], r["accuracy"]))
+        exact = {who: interpolate(measured) for who, measured in points.items()}
+        result = {"settings": vars(args), "rows": rows, "at_exactly": list(TARGETS), "interpolated": exact}
+        (out / "eval.tmp").write_text(json.dumps(result, indent=1))
         os.replace(out / "eval.tmp", out / "eval.json")
-    print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS) + "   skipped (linear between the rows above; - is outside them)")
+    print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS)
+          + "   skipped (linear between the rows above; - is outside them)")
     for name, values in exact.items():
         print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
     if others:                                                   # say whose rows are whose
@@ -196,10 +226,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except (InputError, OSError) as error:
-        status = f"error: {error}"                               # said below, when the progress bar is gone
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+    run(main, out_of_memory="lower --batch-size")

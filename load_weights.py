@@ -12,12 +12,14 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 
+from console import InputError
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from gates import GateConfig, InputError, SkipPolicy, check_budget
+from gates import GRANULARITIES, KV_OF_SKIPPED, GateConfig, check_budget
 from model import Model, ModelConfig
 
 SUPPORTED = ("LlamaForCausalLM", "Gemma2ForCausalLM")
@@ -38,10 +40,11 @@ def find_folder(source):
         raise InputError(f"{source} {'is a file' if path.exists() else 'does not exist'}: "
                          f"give a folder, a run's --out, or a hub id like meta-llama/Llama-3.2-1B")
     latest = path / "latest"
-    if latest.is_file() and not (path / "config.json").is_file():        # a model folder may hold a `latest` of DeepSpeed's
+    if latest.is_file() and not (path / "config.json").is_file():        # DeepSpeed leaves one in model folders
         path = path / latest.read_text(errors="replace").strip()
         if not path.is_dir():
-            raise InputError(f"{latest} names {path.name!r}, which is not there: write the name of a step folder into it")
+            raise InputError(f"{latest} names {path.name!r}, which is not there: "
+                             f"write the name of a step folder into it")
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json: it is no model folder, or a run that has not saved yet")
     return path
@@ -60,15 +63,13 @@ def _download(repo):
         return Path(snapshot_download(repo, allow_patterns=files, local_files_only=problem is not None))
     except Exception as error:
         problem = problem or error
+    reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
+    why = f"the hub did not deliver it ({reason}): check the network, or give a local folder"
     if isinstance(problem, GatedRepoError):
         why = "its hub model is gated: accept the licence on its page, then run `hf auth login`"
     elif isinstance(problem, RepositoryNotFoundError):
         why = "no such model on the hub (or it is private: run `hf auth login`)"
-    else:
-        reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
-        why = f"the hub did not deliver it ({reason}): check the network, or give a local folder"
-    hint = " (make demo creates it)" if repo == "runs/demo" else ""
-    raise InputError(f"no folder {repo} here{hint}, and {why}")
+    raise InputError(f"no folder {repo} here{' (make demo creates it)' if repo == 'runs/demo' else ''}, and {why}")
 
 
 def read_json(path):
@@ -91,42 +92,46 @@ def config_from_hf(raw, name="config.json"):
 
     Absent and null fields get transformers' defaults; what this decoder cannot compute is refused, never ignored.
     """
-    kinds = {int: "a positive integer", float: "a positive number", bool: "true or false", dict: "a JSON object", list: "a list"}
+    kinds = {int: "a positive integer", float: "a positive number", bool: "true or false", dict: "a JSON object",
+             list: "a list"}
 
     def get(key, kind=int, default=None, of=raw):
         value = default if of.get(key) is None else of[key]
-        if type(value) not in (kind, int if kind is float else kind) or kind in (int, float) and not 0 < value < 2 ** 40:
-            raise InputError(f"{name}: {key} is {'missing' if value is None else f'{value!r:.60}'}; it must be {kinds[kind]}")
+        fits = type(value) is kind or (kind is float and type(value) is int)     # true is no integer
+        if not fits or (kind in (int, float) and not 0 < value < 2 ** 40):
+            raise InputError(f"{name}: {key} is {'missing' if value is None else f'{value!r:.60}'}; "
+                             f"it must be {kinds[kind]}")
         return value
 
     def refuse_if(wrong, what):
         if wrong:
             raise InputError(f"{name}: {what}")
 
-    architecture = (get("architectures", list, []) or [None])[0]
-    refuse_if(architecture not in SUPPORTED, f"architecture {architecture!r:.60} is not supported; supported: {', '.join(SUPPORTED)}")
-    gemma = architecture == "Gemma2ForCausalLM"
+    arch = (get("architectures", list, []) or [None])[0]
+    refuse_if(arch not in SUPPORTED, f"architecture {arch!r:.60} is not supported; supported: {', '.join(SUPPORTED)}")
+    gemma = arch == "Gemma2ForCausalLM"
     layers, hidden, heads = get("num_hidden_layers"), get("hidden_size"), get("num_attention_heads")
     kv_heads = get("num_key_value_heads", default=None if gemma else heads)
-    refuse_if(raw.get("head_dim") is None and hidden % heads, f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    refuse_if(raw.get("head_dim") is None and hidden % heads,
+              f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     head_dim = get("head_dim", default=None if gemma else hidden // heads)
     refuse_if(heads % kv_heads, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     refuse_if(head_dim % 2, f"head_dim {head_dim} is odd, but rotary positions turn pairs of channels")
 
     rope = {"rope_theta": raw.get("rope_theta"), **(get("rope_parameters", dict, {}) or get("rope_scaling", dict, {}))}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None
-    if rope_type == "llama3":
-        scaling = {key: get(key, float, of=rope) for key in
-                   ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        refuse_if(scaling["high_freq_factor"] <= scaling["low_freq_factor"], "high_freq_factor must exceed low_freq_factor")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = {key: get(key, float, of=rope) for key in keys} if rope_type == "llama3" else None
+    refuse_if(scaling and scaling["high_freq_factor"] <= scaling["low_freq_factor"],
+              "high_freq_factor must exceed low_freq_factor")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
-    for what, present in {f"rope type {rope_type!r:.60}": rope_type not in ("default", "llama3"),
-                          "rope_parameters per layer type": any(isinstance(value, dict) for value in rope.values()),
-                          "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
-                          f"activation {activation!r:.60}": activation != ("gelu_pytorch_tanh" if gemma else "silu"),
-                          "a quantized checkpoint (take the original one): quantization_config": raw.get("quantization_config"),
-                          **{k: raw.get(k) for k in ("attention_bias", "mlp_bias", "use_bidirectional_attention")}}.items():
+    for what, present in {
+            f"rope type {rope_type!r:.60}": rope_type not in ("default", "llama3"),
+            "rope_parameters per layer type": any(isinstance(value, dict) for value in rope.values()),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
+            f"activation {activation!r:.60}": activation != ("gelu_pytorch_tanh" if gemma else "silu"),
+            "a quantized checkpoint (take the original one): quantization_config": raw.get("quantization_config"),
+            **{key: raw.get(key) for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention")}}.items():
         refuse_if(present, f"{what} is not supported")
 
     family = {}
@@ -135,25 +140,26 @@ def config_from_hf(raw, name="config.json"):
         types = get("layer_types", list, [kinds_of_layer[i % 2] for i in range(layers)])
         refuse_if(len(types) != layers or any(t not in kinds_of_layer for t in types),
                   f"layer_types must be a list of {layers}, each one of {', '.join(kinds_of_layer)}")
-        cap = lambda key, default: get(key, float, default) if raw.get(key, default) is not None else None    # null: off
-        family = dict(gemma=True, attn_scale=get("query_pre_attn_scalar", float, 256) ** -0.5,
-                      attn_softcap=cap("attn_logit_softcapping", 50.0), final_softcap=cap("final_logit_softcapping", 30.0),
-                      windows=[get("sliding_window", default=4096) if t == "sliding_attention" else None for t in types])
+        cap = lambda key, default: get(key, float, default) if raw.get(key, default) is not None else None  # null: off
+        family = dict(
+            gemma=True, attn_scale=get("query_pre_attn_scalar", float, 256) ** -0.5,
+            attn_softcap=cap("attn_logit_softcapping", 50.0), final_softcap=cap("final_logit_softcapping", 30.0),
+            windows=[get("sliding_window", default=4096) if t == "sliding_attention" else None for t in types])
     gateskip = get("gateskip", dict, {})
     return ModelConfig(
-        vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"), num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(get("rope_theta", float, 10000.0, rope)), rope_scaling=scaling,
-        max_position_embeddings=get("max_position_embeddings", default=8192 if gemma else 2048),
-        tie_word_embeddings=get("tie_word_embeddings", bool, gemma), initializer_range=get("initializer_range", float, 0.02),
-        eos_ids=_eos_ids(raw, name), gate=_gate_config(gateskip, 2 * layers, name), gateskip=gateskip, **family)
+        vocab_size=get("vocab_size"), hidden_size=hidden, intermediate_size=get("intermediate_size"), head_dim=head_dim,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, rope_scaling=scaling,
+        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(get("rope_theta", float, 10000.0, rope)),
+        max_position_embeddings=get("max_position_embeddings", default=8192 if gemma else 2048), gateskip=gateskip,
+        tie_word_embeddings=get("tie_word_embeddings", bool, gemma), gate=_gate_config(gateskip, 2 * layers, name),
+        initializer_range=get("initializer_range", float, 0.02), eos_ids=_eos_ids(raw, name), **family)
 
 
 def _eos_ids(raw, name):
-    ids = raw.get("eos_token_id")
-    ids = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    given = raw.get("eos_token_id")
+    ids = () if given is None else tuple(given) if isinstance(given, list) else (given,)
     if any(type(i) is not int or i < 0 for i in ids):
-        raise InputError(f"{name}: eos_token_id is {raw['eos_token_id']!r:.60}; it must be a token id or a list of them")
+        raise InputError(f"{name}: eos_token_id is {given!r:.60}; it must be a token id or a list of them")
     return ids
 
 
@@ -165,7 +171,9 @@ def _gate_config(stored, branches, name):
             if type(getattr(gate, field.name)) is not field.type:
                 raise ValueError(f"gate {field.name} is {getattr(gate, field.name)!r:.60}")
         if "thresholds" in stored:
-            SkipPolicy("frozen", 1.0, stored.get("skip"), stored.get("kv"))      # knows which names there are
+            for key, allowed in (("skip", GRANULARITIES), ("kv", KV_OF_SKIPPED)):
+                if stored.get(key) not in allowed:
+                    raise ValueError(f"{key} {stored.get(key)!r:.60} is not one of {', '.join(allowed)}")
             if not stored["thresholds"] or not isinstance(stored.get("budget_end", 0.0), (int, float)):
                 raise ValueError("no thresholds, or a budget_end that is no number")
             for budget, values in stored["thresholds"].items():
@@ -173,7 +181,8 @@ def _gate_config(stored, branches, name):
                 if len(values) != branches or not all(math.isfinite(v) for v in values):
                     raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): train the gates again') from None
+        raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): '
+                         f'train the gates again') from None
     return gate
 
 
@@ -189,8 +198,8 @@ def weight_files(folder):
         return {key: single for key in _read(single)}
     if not index.is_file():
         pickles = [p for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt") and p.name != "train_state.pt"]
-        raise InputError(f"{folder} has no model.safetensors and no {index.name}" + (
-            ": pickled weights are refused, because loading a pickle can run any code; get the safetensors version" if pickles else ""))
+        why = ": pickled weights are refused, because loading a pickle can run any code; get the safetensors version"
+        raise InputError(f"{folder} has no model.safetensors and no {index.name}{why if pickles else ''}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise InputError(f"{index} has no weight_map: download it again")
@@ -203,7 +212,7 @@ def weight_files(folder):
 
 
 def _read(path, key=None):
-    """One tensor as it is on disk, or the list of names. The file is mapped for this one only: nothing read before stays."""
+    """One tensor as it is on disk, or the list of names. The file is mapped for this one only: nothing read stays."""
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
             return f.keys() if key is None else f.get_tensor(key)
@@ -214,9 +223,9 @@ def _read(path, key=None):
 def load_model(source, gate=None, device="cpu", dtype=torch.float32):
     """A Model with the weights of `source` (folder, run's --out, or hub id), in eval mode.
 
-    gate: GateConfig to put fresh gates (from torch's global generator) on a checkpoint that has none; a checkpoint's own
-    gates are always loaded. Built on the meta device and filled tensor by tensor, each cast on arrival: peak memory is
-    one copy in `dtype` plus the largest tensor. Gates stay float32 or wider.
+    gate: GateConfig to put fresh gates (from torch's global generator) on a checkpoint that has none; a checkpoint's
+    own gates are always loaded. Built on the meta device and filled tensor by tensor, each cast on arrival: peak memory
+    is one copy in `dtype` plus the largest tensor. Gates stay float32 or wider.
     """
     folder = find_folder(source)
     model = _meta_model(folder / "config.json", read_json(folder / "config.json"), gate)
@@ -232,17 +241,19 @@ def load_model(source, gate=None, device="cpu", dtype=torch.float32):
             raise InputError(f"{folder}: the weights do not fit config.json: {what} {', '.join(keys[:3])}{more}")
     for key, p in wanted.items():
         tensor = _read(files[key], key) if key in stored else torch.empty(p.shape)
+        which = f"{files.get(key)}: tensor {key}"
         if tensor.shape != p.shape:
-            raise InputError(f"{files[key]}: tensor {key} has shape {tuple(tensor.shape)}, config.json implies {tuple(p.shape)}")
+            raise InputError(f"{which} has shape {tuple(tensor.shape)}, config.json implies {tuple(p.shape)}")
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{files[key]}: tensor {key} is stored as {tensor.dtype}; take the original, unquantized checkpoint")
+            raise InputError(f"{which} is stored as {tensor.dtype}; take the original, unquantized checkpoint")
         _assign(model, key, tensor, dtype, device)
         del tensor                                               # before the next one is read
     if head is not None:                                         # stored although tied
         own, copy = model.lm_head.weight, _read(head, "lm_head.weight")
-        same = own.shape == copy.shape and all(torch.equal(a.cpu(), b.to(dtype)) for a, b in zip(own.split(4096), copy.split(4096)))
-        if not same:
-            raise InputError(f"{head}: lm_head.weight differs from the embedding, but config.json ties them (tie_word_embeddings)")
+        pieces = zip(own.split(4096), copy.split(4096))          # a cast of the whole would be one copy more
+        if own.shape != copy.shape or not all(torch.equal(a.cpu(), b.to(dtype)) for a, b in pieces):
+            raise InputError(f"{head}: lm_head.weight differs from the embedding, "
+                             f"but config.json ties them (tie_word_embeddings)")
     if fresh:
         model.init_gates()
     return model.eval()
@@ -288,11 +299,11 @@ def _assign(model, key, tensor, dtype, device):
 
 def check_fit(model, tokenizer):
     """InputError unless every token of the tokenizer, and the end token, has a row in the model's embedding."""
-    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
+    size, rows, end = tokenizer.get_vocab_size(), model.config.vocab_size, max(model.config.eos_ids, default=0)
     if size > rows:
         raise InputError(f"the tokenizer has {size} tokens and {model.source} {rows}: they do not belong together")
-    if max(model.config.eos_ids, default=0) >= rows:
-        raise InputError(f"{model.source}: eos_token_id {max(model.config.eos_ids)} lies outside the vocabulary of {rows}")
+    if end >= rows:
+        raise InputError(f"{model.source}: eos_token_id {end} lies outside the vocabulary of {rows}")
 
 
 def load_tokenizer(source):
@@ -310,30 +321,25 @@ def load_tokenizer(source):
 
 
 def chat_template(model, messages):
-    """The prompt text of a chat by the model's own template, or InputError if it has none.
-
-    messages: [{"role": "user", "content": "..."}]. jinja2 (which torch needs anyway) renders it, sandboxed.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    """The prompt for messages, [{"role": "user", "content": "..."}, ...], by the model's own template, sandboxed."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox      # torch needs jinja2 anyway
 
     def raise_exception(message):
-        raise TemplateError(message)
+        raise ValueError(message)
 
     try:
         settings = json.loads(model.side_files.get("tokenizer_config.json", b"{}"))
         template = model.side_files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
-        if not template or not isinstance(template, str):
-            raise InputError(f"{model.source} has no chat template: leave --chat out")
-        text = lambda token: token["content"] if isinstance(token, dict) else token or ""
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        jinja.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-        return jinja.from_string(template).render(messages=messages, tools=None, add_generation_prompt=True,
-                                                  bos_token=text(settings.get("bos_token")), eos_token=text(settings.get("eos_token")))
-    except InputError:
-        raise
+        if template and isinstance(template, str):
+            jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            jinja.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.now().strftime(f))
+            text = lambda token: token["content"] if isinstance(token, dict) else token or ""
+            ends = {name: text(settings.get(name)) for name in ("bos_token", "eos_token")}
+            return jinja.from_string(template).render(messages=messages, tools=None, add_generation_prompt=True, **ends)
     except Exception as error:  # a template is a stranger's program and may fail in any way
-        raise InputError(f"{model.source}: its chat template failed ({' '.join(str(error).split())}): leave --chat out") from None
+        raise InputError(f"{model.source}: its chat template failed ({' '.join(str(error).split())}): "
+                         f"leave --chat out") from None
+    raise InputError(f"{model.source} has no chat template: leave --chat out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,9 +351,8 @@ def save_config(model, folder):
     raw = {key: value for key, value in model.raw_config.items() if key != "gateskip"}
     for key in {"dtype", "torch_dtype"} & set(raw) or ["torch_dtype"]:
         raw[key] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
-    gateskip = dict(model.config.gateskip)
-    if model.config.gate is not None:
-        gateskip["gate"] = asdict(model.config.gate)
+    gate = model.config.gate
+    gateskip = model.config.gateskip | ({} if gate is None else {"gate": asdict(gate)})
     if gateskip:
         raw["gateskip"] = gateskip
     temporary = Path(folder) / "config.json.tmp"
@@ -358,8 +363,7 @@ def save_config(model, folder):
 def save_model(model, folder, tokenizer=None):
     """Write a Hugging Face folder: config.json with its "gateskip" object, model.safetensors, tokenizer and side files.
 
-    The backbone opens in other tools. A tied head is stored once. Parameters are written in the dtype that they have.
-    OSError where the disk is full.
+    The backbone opens in other tools. A tied head is stored once. Parameters keep their dtype. OSError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

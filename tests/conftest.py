@@ -1,27 +1,35 @@
-"""The repo root on sys.path, and the tiny random models that test_gates.py and test_model.py share.
+"""The repo root on sys.path, and what several test files share: tiny random models, masks, comparisons and spies.
 
 Two paths are compared in float64 with gates whose pre-activations have std 1: their scores lie far apart, so that no
-rounding can flip a keep mask. (Fresh gates give scores of std 7e-5, where it would.)
+rounding can flip a keep mask. (Fresh gates give scores of std 7e-5, where it would.) Once more in float32, one path's
+masks are fed to the other.
 """
+import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gates import GateConfig, SkipPolicy, frozen_threshold
+from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig
+from rows import KVCache
+from thresholds import frozen_threshold
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 VOCAB = 60
 
+# Models and what they read.
+
 
 def llama(gate=GateConfig(), **changes):
     """A Llama with grouped queries and a head_dim other than hidden / heads."""
-    return ModelConfig(**{**dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
-                                 num_key_value_heads=2, head_dim=4, gate=gate), **changes})
+    sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=20, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=4)
+    return ModelConfig(**{**sizes, "gate": gate, **changes})
 
 
 def gemma(gate=GateConfig(), **changes):
@@ -49,13 +57,40 @@ def build(config, seed=0, device="cpu", dtype=torch.float64):
 def tokens(batch, length, seed=0, device="cpu"):
     """(B, S) random token ids, all different within a row where the vocabulary allows."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(VOCAB, generator=generator)[torch.arange(length) % VOCAB] for _ in range(batch)]).to(device)
+    rows = [torch.randperm(VOCAB, generator=generator)[torch.arange(length) % VOCAB] for _ in range(batch)]
+    return torch.stack(rows).to(device)
 
 
 def padding(lengths, total, side="left", device="cpu"):
     """(B, S) bool with lengths[b] real tokens in row b, the padding on the given side."""
     place, n = torch.arange(total, device=device)[None], torch.tensor(lengths, device=device)[:, None]
     return place >= total - n if side == "left" else place < n
+
+
+def new_cache(model, batch, room):
+    weight = model.model["embed_tokens"].weight
+    return KVCache(model.config, batch, room, weight.device, weight.dtype)
+
+
+# Decisions.
+
+def distinct(n, seed=0):
+    """(1, n) scores in random order, all different."""
+    return (torch.randperm(n, generator=torch.Generator().manual_seed(seed)).double()[None] + 1) / (n + 1)
+
+
+def everyone(n):
+    return torch.ones(1, n, dtype=torch.bool)
+
+
+def mask(*rows):
+    """(B, S) bool, written out."""
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+# who is asked in a model of 4 layers: attn 0, mlp 0, attn 1, ...; the MLPs of "layer" are not, they follow
+MAY_SKIP = {"all": [True] * 8, "attn": [True, False] * 4, "mlp": [False, True] * 4, "layer": [True, False] * 4,
+            "alternate": [False, False, True, True] * 2}
 
 
 @torch.no_grad()
@@ -65,6 +100,13 @@ def frozen(model, ids, valid=None, share=0.35, skip="all", kv="copy_up"):
     taus = [frozen_threshold(scores[trace.valid], share) for scores in trace.scores]
     return SkipPolicy("frozen", 1 - share, skip, kv, thresholds=taus)
 
+
+def given(masks, like=SkipPolicy()):
+    """Recorded masks, with the granularity and kv of another policy."""
+    return SkipPolicy("given", skip=like.skip, kv=like.kv, masks=masks)
+
+
+# Comparisons.
 
 def same(a, b, tolerance=1e-9):
     """Assert that two tensors agree within tolerance x max(1, their largest value). NaN is never equal."""
@@ -77,6 +119,29 @@ def same_masks(a, b):
     for branch, (x, y) in enumerate(zip(a, b, strict=True)):
         assert torch.equal(x, y), f"branch {branch}: {(x != y).nonzero().tolist()}"
 
+
+def mixed(masks, valid):
+    """Assert that masks (list over branches) neither keep nor skip nearly everything: comparing them says something."""
+    share = sum((~m & valid).sum().item() for m in masks) / (len(masks) * valid.sum().item())
+    assert 0.15 < share < 0.85, share
+
+
+def in_float32(model):
+    return copy.deepcopy(model).float()
+
+
+def close_in_float32(a, b):
+    same(a / b.abs().max(), b / b.abs().max(), 1e-4)
+
+
+def gradients(model, logits, weights):
+    """{name: gradient} of a weighted sum of logits, zeros where a parameter took no part."""
+    model.zero_grad()
+    (logits * weights).sum().backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+# Spies.
 
 class OperatorNames(TorchDispatchMode):
     """Lists the names of the operators inside its `with`."""
@@ -99,3 +164,11 @@ class Synchronisations(OperatorNames):
         if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
+
+
+# What a test is run for.
+
+on_devices = pytest.mark.parametrize("device", DEVICES)
+families = pytest.mark.parametrize("family", [llama, gemma])
+both_kv = pytest.mark.parametrize("kv", ["copy_up", "dense"])
+both_ways = pytest.mark.parametrize("compute", ["masked", "compact"])

@@ -8,9 +8,13 @@ import torch
 
 import bench
 from conftest import build, llama, same, tokens
-from gates import GateConfig, InputError, count_macs
+from bench_peer import Peer
+from console import InputError
+from gates import GateConfig
 from load_weights import load_model
-from model import SHAPES, KVCache, Model
+from model import Model
+from rows import KVCache
+from savings import SHAPES, count_macs, counts_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +29,7 @@ def tiny(monkeypatch):
 
 def test_counts_are_those_of_the_models():
     """A table of parameters that drifts from the code: Table 13 of the paper is of no Llama-3.2-1B."""
-    lines = bench.counts_table()[2:]
+    lines = counts_table()[2:]
     assert len(lines) == 3 * len(SHAPES)
     forms = {"vector": GateConfig(), "scalar": GateConfig("scalar")}
     for line in lines:
@@ -42,8 +46,10 @@ def test_counts_are_those_of_the_models():
 
 
 def test_the_readme_shows_the_counts():
-    """Figures in the README that the command beside them no longer prints."""
-    assert "\n".join(bench.counts_table()) in (ROOT / "README.md").read_text(encoding="utf-8")
+    """Figures in the README or NOTES.md that the command beside them no longer prints."""
+    table = counts_table()
+    assert "\n".join(table) in (ROOT / "NOTES.md").read_text(encoding="utf-8")
+    assert "\n".join(table[:5]) in (ROOT / "README.md").read_text(encoding="utf-8")      # of Llama-3.2-1B
 
 
 @pytest.mark.parametrize("form", bench.GATES)
@@ -113,7 +119,8 @@ def test_rows(tmp_path, capsys, monkeypatch):
     row = next(r for r in rows if (r["work"], r["batch"], r["gate"], r["asked"], r["compute"]) == ("decode", 8, "lowrank", 0.5, "compact"))
     everyone = torch.ones(8, 8, 1, dtype=torch.bool)             # (2L, B, S)
     half = (torch.arange(8) < 4).view(1, 8, 1).expand(8, 8, 1)
-    full, run = (sum(int(count_macs(config, keep, everyone[0], keys, 8, gate=config.gate)) for keys in (7, 8, 9)) for keep in (everyone, half))
+    full, run = (sum(int(count_macs(config, keep, everyone[0], keys=keys, logit_rows=8, gate=config.gate))
+                     for keys in (7, 8, 9)) for keep in (everyone, half))
     assert row["ideal"] == pytest.approx(full / run) and row["skipped"] == 0.5
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -140,9 +147,9 @@ def test_bad_input_is_refused(monkeypatch):
 def test_worker_loads_in_a_process_of_its_own():
     """A loading time that counts the imports, or a worker that hangs after it has answered."""
     folder = ROOT / "tests/golden/llama_rope3"
-    peer = bench.Peer("ours", folder)
+    peer = Peer("ours", folder)
     peer.close()
     assert 0 < peer.loaded["seconds"] and peer.loaded["peak_mb"] >= 0 and peer.process.returncode == 0
     assert load_model(folder).config.gate is None
     with pytest.raises(InputError, match="peer process stopped"):
-        bench.Peer("ours", "no/such/folder")
+        Peer("ours", "no/such/folder")

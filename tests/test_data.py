@@ -1,20 +1,18 @@
-"""Tests of data.py: the template and its mask, batches, files and their complaints, the built-in problems."""
+"""Tests of data.py: the template and its mask, batches, files and their complaints, the tokenizer."""
 import json
 import random
 import re
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import console
 import data
-from data import Example
-from gates import InputError
+from console import InputError
+from problems import Example, arithmetic
 
 BOS, EOS = 0, 1
 PARIS = Example("What is 2 + 3?", "2 + 3 = <<2+3=5>>5.", "5")
@@ -25,13 +23,9 @@ def tokenizer():
     return data.make_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def problems():
-    return {split: data.arithmetic(600, split) for split in ("train", "calibration", "test")}
-
-
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -63,17 +57,6 @@ def test_training_and_evaluation_see_the_same_prompt(tokenizer):
     assert prompt[0] == BOS and ids.count(BOS) == 1 and ids.count(EOS) == 1
 
 
-def test_border_token_is_not_merged(tokenizer):
-    """Prompt and target encoded together: a merge across the border would hand the model a prompt it never sees."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    merging = Tokenizer(models.BPE(vocab={":": 0, "\n": 1, ":\n": 2, **{c: 3 + i for i, c in enumerate("Questionwer Asq#1")}},
-                                   merges=[(":", "\n")]))
-    merging.pre_tokenizer = pre_tokenizers.Split("never", "isolated")
-    ids, mask = data.encode_example(merging, Example("q", "", "1"), 99)
-    assert 2 not in ids and ids[:mask.index(True)] == data.encode_prompt(merging, "q")
-    assert merging.encode("Answer:\n").ids[-1] == 2  # it does merge where it may
-
-
 def test_document_is_predicted_from_its_second_token_on(tokenizer):
     """A document treated as a prompt (no loss at all), or a loss on BOS, which nothing comes before."""
     ids, mask = data.encode_example(tokenizer, "Two apples.", EOS)
@@ -95,7 +78,7 @@ def test_long_examples_are_dropped_and_counted(tokenizer):
 
 @pytest.mark.parametrize("seq_len", [2, 3, 7, 8, 100])
 def test_windows_predict_every_token_once(tokenizer, seq_len):
-    """Text lost at the borders of windows, predicted twice, or a last window with nothing to predict (its mean loss is NaN)."""
+    """Text lost at the borders of windows, predicted twice, or a last window with nothing to predict: a loss of NaN."""
     document = "abcdefghijklm 1234"
     ids, mask = data.encode_example(tokenizer, document, EOS)
     items, dropped = data.encode_all([document], tokenizer, EOS, seq_len)
@@ -104,10 +87,20 @@ def test_windows_predict_every_token_once(tokenizer, seq_len):
     assert all(before[0][-1] == after[0][0] for before, after in zip(items, items[1:]))
 
 
+def test_border_token_is_not_merged(tokenizer):
+    """Prompt and target encoded together: a merge across the border would hand the model a prompt it never sees."""
+    letters = {letter: 3 + i for i, letter in enumerate("Questionwer Asq#1")}
+    merging = Tokenizer(models.BPE(vocab={":": 0, "\n": 1, ":\n": 2, **letters}, merges=[(":", "\n")]))
+    merging.pre_tokenizer = pre_tokenizers.Split("never", "isolated")
+    ids, mask = data.encode_example(merging, Example("q", "", "1"), 99)
+    assert 2 not in ids and ids[:mask.index(True)] == data.encode_prompt(merging, "q")
+    assert merging.encode("Answer:\n").ids[-1] == 2  # it does merge where it may
+
+
 # Batches.
 
 def test_collate_pads_on_the_right():
-    """Padding on the wrong side, a loss on padding, or `valid` guessed from ids: here a real token is 0 like the padding."""
+    """Padding on the wrong side, a loss on padding, `valid` guessed from ids: here a real token is 0 as padding is."""
     input_ids, loss_mask, valid = data.collate([([5, 0, 7], [False, True, True]), ([0, 9], [False, True])])
     assert input_ids.tolist() == [[5, 0, 7], [0, 9, 0]] and input_ids.dtype == torch.int64
     assert loss_mask.tolist() == [[False, True, True], [False, True, False]] and loss_mask.dtype == torch.bool
@@ -123,7 +116,7 @@ def test_every_epoch_visits_every_item_once(n, batch_size):
 
 
 def test_batches_depend_on_seed_epoch_and_step_only():
-    """A resumed run that sees other batches than the unbroken one; every epoch in the same order; global random state."""
+    """A resumed run with other batches than the unbroken one; every epoch in the same order; global random state."""
     forward = [data.batch_at(50, 8, 3, step) for step in range(30)]
     data._epoch_order.cache_clear()
     random.seed(1), torch.manual_seed(1)
@@ -136,9 +129,16 @@ def test_batches_depend_on_seed_epoch_and_step_only():
     assert data.batch_at(50, 50, 4, 0) != data.batch_at(50, 50, 3, 1)  # seed + epoch would make them equal
 
 
-def test_hold_out_is_disjoint_and_blind_to_file_order(problems):
+@pytest.mark.parametrize("examples", [["a"] * 7, [str(i) for i in range(7)], ["same"] * 50])
+def test_hold_out_of_too_little_is_refused(examples):
+    """An empty held-out set: thresholds calibrated on nothing."""
+    with pytest.raises(InputError, match="too few"):
+        data.hold_out(examples, 4)
+
+
+def test_hold_out_is_disjoint_and_blind_to_file_order():
     """A held-out set that changes with the order of the file, overlaps another, or loses examples."""
-    examples = problems["train"][:200]
+    examples = arithmetic(200)
     rest, first, second = data.hold_out(examples, 20, 10)
     assert (len(rest), len(first), len(second)) == (170, 20, 10)
     assert sorted(rest + first + second) == sorted(examples)
@@ -156,17 +156,17 @@ def test_hold_out_keeps_equal_questions_together():
     assert all(0 < len(part) <= 12 for part in parts[1:])
 
 
-@pytest.mark.parametrize("examples", [["a"] * 7, [str(i) for i in range(7)], ["same"] * 50])
-def test_hold_out_of_too_little_is_refused(examples):
-    """An empty held-out set: thresholds calibrated on nothing."""
-    with pytest.raises(InputError, match="too few"):
-        data.hold_out(examples, 4)
-
-
 # Files.
 
+def test_plain_text(tmp_path):
+    """Paragraphs glued together or lost, a byte order mark or \\r\\n in the text, blank documents kept as examples."""
+    (tmp_path / "a.txt").write_bytes("\ufeffOne\r\ntwo.\r\n \r\n\r\nThrée.\n".encode("utf-8"))
+    assert data.read_examples(tmp_path / "a.txt") == ["One\ntwo.", "Thrée."]
+    assert data.read_examples(write(tmp_path / "a.jsonl", {"text": " x\n\ny "}, {"text": "\n"})) == [" x\n\ny "]
+
+
 def test_gsm8k_rows(tmp_path):
-    """Reasoning and answer split at the wrong place, calculator marks lost, `reasoning` ignored, U+2028 taken for a line end."""
+    """Reasoning and answer split at the wrong place, calculator marks lost, `reasoning` ignored, a cut at U+2028."""
     path = write(tmp_path / "a.jsonl",
                  {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nSo 24.\n#### 1,024"}, "",
                  {"question": "How\u2028many?", "answer": "7", "reasoning": "<reasoning>Count\nthem.</reasoning>"},
@@ -180,7 +180,8 @@ def test_gsm8k_rows(tmp_path):
 
 def test_commonsenseqa_rows(tmp_path):
     """Options missing from the prompt or in another form than in training; the answer's text in place of its letter."""
-    row = {"id": "1", "question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]}, "answerKey": "B"}
+    row = {"id": "1", "question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]},
+           "answerKey": "B"}
     path = write(tmp_path / "a.JSONL", row, {**row, "reasoning_nemotron_70B": "<reasoning>\nShops.\n</reasoning>"})
     plain, traced = data.read_examples(path)
     assert plain == Example("Where?\nA: bank\nB: mall", "", "B")
@@ -188,18 +189,12 @@ def test_commonsenseqa_rows(tmp_path):
     assert data.prompt_text(plain.question) == "Question: Where?\nA: bank\nB: mall\nAnswer:"
 
 
-def test_plain_text(tmp_path):
-    """Paragraphs glued together or lost, a byte order mark or \\r\\n in the text, blank documents kept as examples."""
-    (tmp_path / "a.txt").write_bytes("\ufeffOne\r\ntwo.\r\n \r\n\r\nThrée.\n".encode("utf-8"))
-    assert data.read_examples(tmp_path / "a.txt") == ["One\ntwo.", "Thrée."]
-    assert data.read_examples(write(tmp_path / "a.jsonl", {"text": " x\n\ny "}, {"text": "\n"})) == [" x\n\ny "]
-
-
 def test_parquet_has_the_same_columns(tmp_path, monkeypatch):
     """Parquet read by other rules than JSONL; a traceback where pyarrow is missing or the file is damaged."""
     import pyarrow
     from pyarrow import parquet
-    rows = [{"question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]}, "answerKey": "B", "reasoning": "r"}]
+    rows = [{"question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]}, "answerKey": "B",
+             "reasoning": "r"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert data.read_examples(tmp_path / "a.parquet") == data.read_examples(write(tmp_path / "a.jsonl", *rows))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
@@ -239,7 +234,8 @@ def test_a_bad_row_is_named_in_one_line(tmp_path, row, complaint):
     path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(InputError) as error:
         data.read_examples(path)
-    assert str(error.value).startswith(f"{path}, line 3: ") and complaint in str(error.value) and "\n" not in str(error.value)
+    text = str(error.value)
+    assert text.startswith(f"{path}, line 3: ") and complaint in text and "\n" not in text
 
 
 @pytest.mark.parametrize("name, content, complaint", [
@@ -247,7 +243,8 @@ def test_a_bad_row_is_named_in_one_line(tmp_path, row, complaint):
     ("a.txt", b" \n\n \n", "no examples"),
     ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, line 2: not UTF-8"),
     ("a.txt", b"one\n\ntwo \xe9", "a.txt, line 3: not UTF-8"),
-    ("a.jsonl", b'{"text": "x"}\n{"question": "q", "answer": "1"}\n', "some rows are questions and some are plain text"),
+    ("a.jsonl", b'{"text": "x"}\n{"question": "q", "answer": "1"}\n',
+     "some rows are questions and some are plain text"),
     ("a.csv", b"x", ".jsonl, .parquet or .txt"),
     ("folder.jsonl", None, "cannot be read: Is a directory"),
     ("missing.txt", None, "cannot be read: No such file or directory"),
@@ -264,83 +261,11 @@ def test_a_bad_file_is_named_in_one_line(tmp_path, name, content, complaint):
     assert str(path) in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
 
 
-# The built-in problems.
-
-EQUATION = r"\d+[-+*/]\d+=\d+"
-THINGS = "|".join(data.THINGS)
-
-
-@pytest.mark.parametrize("split", ["train", "calibration", "test"])
-def test_problems_are_right(problems, split):
-    """A wrong equation, a number not taken over from the question or the step before, a wrong or too large answer."""
-    operators = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__}
-    for question, reasoning, answer in problems[split]:
-        equations = [(int(a), op, int(b), int(c)) for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", reasoning)]
-        assert re.fullmatch(rf"\w+ has {EQUATION} ({THINGS})\."
-                            rf"( (Now|\w+ has|Together|S?[Hh]e \w+) {EQUATION}( bags| dollars)?\.)+", reasoning)
-        assert re.search(THINGS, question)[0] == re.search(THINGS, reasoning)[0]
-        assert 2 <= len(equations) <= 3 and int(answer) == equations[-1][3]
-        known = {int(number) for number in re.findall(r"\d+", question)} | ({2} if "twice" in question else set())
-        for i, (a, op, b, c) in enumerate(equations):
-            assert operators[op](a, b) == c and all(2 <= number <= 99 for number in (a, b, c))
-            # Every step but the first starts from the result before it, or ("Together") ends with it.
-            assert a in known and b in known and (i == 0 or equations[i - 1][3] in (a, b))
-            known.add(c)
-
-
-def test_problems_are_all_needed_and_varied(problems):
-    """A generator stuck on one story, operation or length, or a question that mentions numbers the answer does not use."""
-    text = " ".join(p.reasoning for p in problems["train"])
-    assert all(len(re.findall(rf"\d{re.escape(op)}\d", text)) > 100 for op in "+-*/")
-    assert min(Counter(p.reasoning.count("=") for p in problems["train"]).values()) > 100
-    assert len({re.sub(r"\d+", "#", p.question) for p in problems["train"]}) > 500
-    for question, reasoning, _ in problems["train"]:
-        assert set(re.findall(r"\d+", question)) <= set(re.findall(r"\d+", reasoning))
-        assert "{" not in question + reasoning
-
-
-def test_splits_are_disjoint_and_follow_the_hash(problems):
-    """A test problem that is also a training problem; a split that depends on the seed or on Python's salted hash()."""
-    # The last decimal digit of the three sha256 sums, worked out with sha256sum and bc: 0, 1, 2.
-    assert [data.split_of(text) for text in ("Max", "eggs", "cups")] == ["test", "calibration", "train"]
-    for split, examples in problems.items():
-        assert {data.split_of(e.question) for e in examples} == {split}
-        assert len({e.question for e in examples}) == len(examples) == 600
-    with pytest.raises(InputError, match="split must be"):
-        data.arithmetic(1, "validation")
-
-
-def test_problems_are_seeded(problems):
-    """Problems that change between calls or with global random state, or that are the same for every seed."""
-    random.seed(99)
-    before = random.getstate()
-    assert data.arithmetic(50, "test", seed=0) == problems["test"][:50]
-    # The committed model was trained on these problems: whoever changes them has to train it anew.
-    assert problems["test"][0] == Example(
-        "In each of 2 bags Leo has 9 stamps. Ben has twice as many. How many do they have together?",
-        "Leo has 2*9=18 stamps. Ben has 18*2=36. Together 18+36=54.", "54")
-    assert random.getstate() == before
-    assert not set(data.arithmetic(50, "test", seed=1)) & set(problems["test"])
-
-
-def test_the_problem_space_is_large():
-    """So few possible problems that a model could learn them by heart: 2,000 draws would then repeat many."""
-    rng = random.Random(5)
-    draws = [problem.question for problem in (data._problem(rng) for _ in range(3200)) if problem]
-    assert len(draws) > 1500 and len(draws) - len(set(draws)) <= 3  # about 0.7 are expected of 3.5 million problems
-
-
-def test_problems_fit_the_demo(tokenizer, problems):
-    """Stories grown so long that the demo's 96 tokens no longer hold them, or that training takes twice as long."""
-    items, dropped = data.encode_all(problems["train"], tokenizer, EOS, seq_len=96)
-    assert dropped == 0 and sum(len(ids) for ids, _ in items) / len(items) < 70
-
-
 def test_load_examples(tmp_path):
     """n ignored for files or for the built-in problems, or n = 0 taken for "all"."""
     path = write(tmp_path / "a.jsonl", GOOD, GOOD, GOOD)
     assert len(data.load_examples(path, "test", 2)) == 2 and len(data.load_examples(str(path), "train")) == 3
-    assert data.load_examples("arithmetic", "test", 5, seed=3) == data.arithmetic(5, "test", 3)
+    assert data.load_examples("arithmetic", "test", 5, seed=3) == arithmetic(5, "test", 3)
     with pytest.raises(InputError, match="at least 1, not 0"):
         data.load_examples(path, "train", 0)
 
@@ -348,34 +273,40 @@ def test_load_examples(tmp_path):
 # The tokenizer.
 
 def test_tokenizer_spells_numbers_and_keeps_every_text(tokenizer):
-    """Digits merged into numbers (or with the space before them), text that does not survive, more tokens than promised."""
+    """Digits merged into numbers (or with the space before them), text that is changed, more tokens than promised."""
     assert tokenizer.encode(" 12", add_special_tokens=False).tokens[-2:] == ["1", "2"]
     assert not any(re.search(r"\d.|.\d", token) for token in tokenizer.get_vocab() if token not in ("<bos>", "<eos>"))
     for text in (" 12", "x  \n\t y ", "naïve 𝄞 ½ Ⅷ", "12 + 34 = 46\n#### 46", "\x00\u2028"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.get_vocab_size() <= 512 and tokenizer.token_to_id("<bos>") == BOS and tokenizer.token_to_id("<eos>") == EOS
+    assert tokenizer.get_vocab_size() <= 512
+    assert tokenizer.token_to_id("<bos>") == BOS and tokenizer.token_to_id("<eos>") == EOS
     assert set(tokenizer.encode("".join(map(chr, range(0x400)))).tokens[1:]) <= set(tokenizer.get_vocab())
+
+
+def test_problems_fit_the_demo(tokenizer):
+    """Stories grown so long that the demo's 96 tokens no longer hold them, or that training takes twice as long."""
+    items, dropped = data.encode_all(arithmetic(600), tokenizer, EOS, seq_len=96)
+    assert dropped == 0 and sum(len(ids) for ids, _ in items) / len(items) < 70
 
 
 def test_command_line_writes_the_same_tokenizer_everywhere(tokenizer, tmp_path):
     """A tokenizer that differs from process to process: the committed model would not understand a new one."""
-    run = subprocess.run([sys.executable, data.__file__, "--make-tokenizer", tmp_path / "t.json"], capture_output=True, text=True)
+    command = [sys.executable, data.__file__, "--make-tokenizer", tmp_path / "t.json"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8")) == json.loads(tokenizer.to_str())
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    """A --help that crashes, samples in another form than the model's, or bad input that ends in a traceback or in success."""
+def test_command_line(tmp_path, capsys):
+    """A --help that crashes, samples in another form than the model's, bad input that is a traceback or a success."""
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
-        try:
-            return data.main(), capsys.readouterr().out
-        except SystemExit as stop:
-            return stop.code, capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            console.run(lambda: data.main([str(arg) for arg in args]))
+        return stop.value.code, capsys.readouterr().out
     assert run("--help")[0] == 0
     assert run("--n", 2, "--split", "test")[1].count("Question: ") == 2
-    assert run("--data", write(tmp_path / "a.jsonl", {"text": "A document."})) == (None, "A document.\n\n")
-    assert run("--split", "validation")[0] == 2
-    for bad in (["--data", tmp_path / "none.jsonl"], ["--n", 0], ["--make-tokenizer", tmp_path / "no" / "t.json"]):
+    assert run("--data", write(tmp_path / "a.jsonl", {"text": "A document."})) == (0, "A document.\n\n")
+    for bad in (["--data", tmp_path / "none.jsonl"], ["--n", 0], ["--make-tokenizer", tmp_path / "no" / "t.json"],
+                ["--split", "validation"]):
         code, _ = run(*bad)
-        assert code.startswith("error: ") and "\n" not in code  # sys.exit(text) prints it and exits with 1
+        assert code.startswith("error: ") and str(bad[1]) in code and "\n" not in code    # sys.exit(text) exits with 1

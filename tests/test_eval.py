@@ -11,11 +11,15 @@ import torch
 
 import eval_gsm8k
 from conftest import build
-from data import Example, arithmetic, encode_prompt
-from eval_gsm8k import TARGETS, extract_answer, interpolate, main, normalise, plot, run_row
-from gates import GateConfig, InputError, SkipPolicy, calibrate
-from generate import Generation, generate, make_policy
+from console import InputError
+from data import encode_prompt
+from eval_gsm8k import HEADER, TARGETS, extract_answer, interpolate, line_of, main, normalise, plot, run_row
+from gates import GateConfig, SkipPolicy
+from generate import Generation, generate
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
+from problems import Example, arithmetic
+from savings import Savings
+from thresholds import calibrate, make_policy
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -85,22 +89,29 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     tokenizer = load_tokenizer(folders["gated"])
     examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "9"))]
     replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 9"]
-    savings = [dict(pairs=100, skipped=0.1, calls=4, skipped_per_call=0.2, macs=900, macs_dense=1000),
-               dict(pairs=300, skipped=0.3, calls=1, skipped_per_call=0.7, macs=2500, macs_dense=3000)]
-    asked = []
+    asked, savings = [], []
+    for parts in ({"prompt": (60, 70, 0.1, 1, 500, 600), "answer": (30, 30, 0.7, 3, 400, 400)},      # kept, pairs, per
+                  {"prompt": (150, 250, 0.5, 1, 2000, 2400), "answer": (60, 50, 0.2, 1, 500, 600)}):  # call, calls, MACs
+        savings.append(Savings(None))
+        savings[-1].sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in parts.items()}
 
     def fake(model, prompts, max_new_tokens, policy, eos_ids):
         first = len([p for batch in asked for p in batch])
         asked.append(prompts)
         assert (max_new_tokens, policy.kind, eos_ids) == (6, "random", {1})
-        return Generation([tokenizer.encode(r, add_special_tokens=False).ids + [1] for r in replies[first:first + len(prompts)]], savings[len(asked) - 1], [])
+        new = [tokenizer.encode(r, add_special_tokens=False).ids + [1] for r in replies[first:first + len(prompts)]]
+        return Generation(new, savings[len(asked) - 1], [])
     monkeypatch.setattr(eval_gsm8k, "generate", fake)
     row = run_row("random, dense", load_model(folders["dense"]), tokenizer, examples, SkipPolicy("random", 0.8), 0.8,
                   SimpleNamespace(batch_size=3, max_new_tokens=6))
     assert [len(batch) for batch in asked] == [3, 2] and asked[1][1] == encode_prompt(tokenizer, "q4")
     assert row.pop("seconds") >= 0
-    assert row == pytest.approx({"row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5, "stderr": (0.6 * 0.4 / 5) ** 0.5,
-                                 "flexible": 4 / 5, "skipped": 100 / 400, "skipped_per_call": 1.5 / 5, "macs_saved": 1 - 3400 / 4000})
+    three = lambda *values: pytest.approx(dict(zip(("skipped", "skipped_per_call", "macs_saved"), values)))
+    assert row.pop("prompt") == three(110 / 320, 0.6 / 2, 1 - 2500 / 3000)
+    assert row.pop("answer") == three(-10 / 80, 0.9 / 4, 1 - 900 / 1000)
+    assert row == pytest.approx({
+        "row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5, "flexible": 4 / 5,
+        "stderr": (0.6 * 0.4 / 5) ** 0.5, "skipped": 100 / 400, "skipped_per_call": 1.5 / 6, "macs_saved": 1 - 3400 / 4000})
 
 
 # The whole sweep.
@@ -119,8 +130,8 @@ def test_the_rows(folders, tmp_path, capsys):
     assert by["random, dense", 0.8]["macs_saved"] > 0.05
     model, tokenizer = load_model(folders["gated"]), load_tokenizer(folders["gated"])
     problems = arithmetic(5, "test")                             # what the GateSkip row at 0.8 must have done
-    parts = [generate(model, [encode_prompt(tokenizer, p.question) for p in batch], 6, make_policy(model.config, "frozen", 0.8), {1}).savings
-             for batch in (problems[:3], problems[3:])]
+    parts = [generate(model, [encode_prompt(tokenizer, p.question) for p in batch], 6,
+                      make_policy(model.config, "frozen", 0.8), {1}).savings.report() for batch in (problems[:3], problems[3:])]
     assert by["GateSkip", 0.8]["macs_saved"] == pytest.approx(1 - sum(s["macs"] for s in parts) / sum(s["macs_dense"] for s in parts))
     assert by["GateSkip", 0.8]["skipped"] == pytest.approx(sum(s["pairs"] * s["skipped"] for s in parts) / sum(s["pairs"] for s in parts))
 
@@ -130,7 +141,10 @@ def test_the_rows(folders, tmp_path, capsys):
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for r in rows:
-        assert f"{r['row']:20}  {r['budget']:6.3f}   {r['accuracy']:7.1%} ({r['stderr']:4.1%})" in printed
+        assert line_of(r) in printed and HEADER in printed
+        for part in (r, r["prompt"], r["answer"]):               # the three numbers, for all tokens and apart
+            assert f"{100 * part['skipped']:7.1f}" in line_of(r) and f"{100 * part['macs_saved']:+7.1f}" in line_of(r)
+        assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:7.1%} ({r['stderr']:4.1%})")
     assert "dense                     0.0%      -      -      -      -      -\n" in printed and "5 problems of arithmetic" in printed
 
 

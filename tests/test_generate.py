@@ -13,9 +13,12 @@ import torch
 import generate as program
 from conftest import DEVICES, build, frozen, gemma, llama, tokens
 from data import arithmetic, encode_prompt
-from gates import GateConfig, InputError, SkipPolicy, calibrate, count_macs, thresholds_at
-from generate import COLOURS, GLYPHS, generate, legend, main, make_policy, pick_device, sample, shade
+from console import InputError, pick_device
+from gates import GateConfig, SkipPolicy
+from generate import COLOURS, GLYPHS, Sampling, generate, legend, main, shade
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
+from savings import count_macs
+from thresholds import calibrate, make_policy, thresholds_at
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -91,7 +94,7 @@ def test_a_batch_generates_what_each_prompt_generates_alone(family, kind, device
         alone = generate(model, [prompt], 10, policy)
         assert together.tokens[i] == alone.tokens[0] and len(alone.tokens[0]) == 10, i
         assert together.ran[i] == pytest.approx(alone.ran[0])
-    assert together.savings["skipped"] > 0.1 if policy else together.savings["skipped"] == 0
+    assert together.savings.report()["skipped"] > 0.1 if policy else together.savings.report()["skipped"] == 0
     assert generate(model, prompts_of(), 10, policy, compute="masked").tokens == together.tokens
 
 
@@ -133,7 +136,7 @@ def test_all_finished_at_once():
     model = build(llama())
     first = generate(model, prompts_of(), 1).tokens
     result = generate(model, prompts_of(), 8, eos_ids={t for row in first for t in row})
-    assert result.tokens == first and result.savings["calls"] == 1
+    assert result.tokens == first and result.savings.report()["calls"] == 1
 
 
 def test_batch_policy_skips_nothing_in_a_single_stream():
@@ -141,33 +144,43 @@ def test_batch_policy_skips_nothing_in_a_single_stream():
     model, policy = build(llama()), SkipPolicy("batch", 0.6)
     one = generate(model, prompts_of([7]), 6, policy)
     assert one.ran[0][7:] == [1.0] * 5 and min(one.ran[0][:7]) < 1               # the prompt is a pool of its own
-    assert generate(model, prompts_of([1]), 6, policy).savings["skipped"] == 0
+    assert generate(model, prompts_of([1]), 6, policy).savings.report()["skipped"] == 0
     two = generate(model, [[11], [12]], 6, policy)
-    assert two.savings["skipped"] == 0.5                         # one of two, at every branch: asked for 0.4
+    assert two.savings.report()["skipped"] == 0.5                         # one of two, at every branch: asked for 0.4
 
 
 def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
-    """Padding counted as skipped, finished sequences counted as run, averages of averages, prefill left out."""
+    """Padding counted as skipped, finished sequences counted as run, averages of averages; prompt and answer mixed up."""
     model = build(llama())
     ends = {generate(model, prompts_of(), 7).tokens[1][2]}
     with monkeypatch.context() as m:
         traces, _ = recorded(model, m)
         result = generate(model, prompts_of(), 7, frozen(model, tokens(4, 12)), eos_ids=ends)
         traces = traces[1:]                                      # the first call was frozen()'s own
-    pairs = skipped = 0
-    shares, macs, macs_dense = [], 0, 0
-    for trace in traces:
+    counted = {}
+    for call, trace in enumerate(traces):
+        part = counted.setdefault("answer" if call else "prompt", dict(pairs=0, skipped=0, shares=[], calls=0, macs=0, dense=0))
         for keep in trace.keep:
             real = [k for keeps, valids in zip(keep.tolist(), trace.valid.tolist()) for k, v in zip(keeps, valids) if v]
-            pairs, skipped = pairs + len(real), skipped + real.count(False)
-            shares.append(real.count(False) / len(real))
-        keep = torch.stack(trace.keep)
-        macs += count_macs(model.config, keep, trace.valid, trace.keys, trace.logit_rows, gate=model.config.gate).item()
-        macs_dense += count_macs(model.config, trace.valid.expand_as(keep), trace.valid, trace.keys, trace.logit_rows).item()
-    assert pairs == 8 * sum(n + len(row) - 1 for n, row in zip(LENGTHS, result.tokens)) and 0 < skipped < pairs
-    assert result.savings == pytest.approx({"skipped": skipped / pairs, "skipped_per_call": sum(shares) / len(shares), "calls": len(traces),
-                                            "pairs": pairs, "macs": macs, "macs_dense": macs_dense, "macs_saved": 1 - macs / macs_dense})
-    assert sum(map(sum, result.ran)) == pytest.approx((pairs - skipped) / 8)
+            part["pairs"] += len(real)
+            part["skipped"] += real.count(False)
+            part["shares"].append(real.count(False) / len(real))
+        keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)
+        part["calls"] += 1
+        part["macs"] += count_macs(model.config, keep, trace.valid, **sizes, gate=model.config.gate).item()
+        part["dense"] += count_macs(model.config, trace.valid.expand_as(keep), trace.valid, **sizes).item()
+    everything = {key: counted["prompt"][key] + counted["answer"][key] for key in counted["prompt"]}
+    report = result.savings.report()
+    parts = {name: report.pop(name) for name in ("prompt", "answer")}
+    for told, part in ((report, everything), *((parts[name], counted[name]) for name in parts)):
+        assert told == pytest.approx({
+            "skipped": part["skipped"] / part["pairs"], "skipped_per_call": sum(part["shares"]) / len(part["shares"]),
+            "calls": part["calls"], "pairs": part["pairs"], "macs": part["macs"], "macs_dense": part["dense"],
+            "macs_saved": 1 - part["macs"] / part["dense"]})
+    assert counted["prompt"]["pairs"] == 8 * sum(LENGTHS) and counted["prompt"]["calls"] == 1
+    assert counted["answer"]["pairs"] == 8 * sum(len(row) - 1 for row in result.tokens)
+    assert all(0 < part["skipped"] < part["pairs"] for part in counted.values())
+    assert sum(map(sum, result.ran)) == pytest.approx((everything["pairs"] - everything["skipped"]) / 8)
 
 
 def test_tokens_are_announced_in_order():
@@ -217,7 +230,7 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p):
     logits = np.log([0.05, 0.3, 0.02, 0.5, 0.13])
     expected = reference(logits, temperature, top_k, top_p)
     n = 20_000
-    drawn = sample(torch.tensor(logits).expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    drawn = Sampling(temperature, top_k, top_p, torch.Generator().manual_seed(0)).draw(torch.tensor(logits).expand(n, -1))
     share = np.bincount(drawn.numpy(), minlength=5) / n
     assert ((share > 0) == (expected > 0)).all()
     assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-12).all(), (share, expected)
@@ -226,10 +239,10 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p):
 def test_sampling_is_seeded_and_greedy_is_not_random():
     """A generator that is not used: the same command prints another text each time."""
     model = build(llama())
-    draw = lambda seed, **how: generate(model, prompts_of(), 6, generator=torch.Generator().manual_seed(seed), **how).tokens
+    draw = lambda seed, **how: generate(model, prompts_of(), 6, sampling=Sampling(generator=torch.Generator().manual_seed(seed), **how)).tokens
     assert draw(1, temperature=2.0) == draw(1, temperature=2.0) != draw(2, temperature=2.0)
     assert draw(1) == draw(2) == draw(1, temperature=2.0, top_k=1) == draw(2, temperature=2.0, top_p=1e-6)
-    assert sample(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16), 1e-3).tolist() == [1]
+    assert Sampling(1e-3).draw(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16)).tolist() == [1]
 
 
 # Policies.
@@ -312,7 +325,7 @@ def test_streamed_text_is_the_decoded_text(folder, capsys):
     tokenizer, result = expected(folder, ["Tom has 12 eggs"])
     text, _, rest = printed.out.partition("\n\nfrozen, budget 0.85: ")
     assert text == "Tom has 12 eggs" + tokenizer.decode(result.tokens[0])
-    assert rest == program.savings_line(result.savings) + "\n" and result.savings["skipped"] > 0.05
+    assert rest == program.savings_line(result.savings.report()) + "\n" and result.savings.report()["skipped"] > 0.05
     assert "12 tokens in " in printed.err and printed.err.startswith("device: cpu")
 
 
@@ -321,13 +334,13 @@ def test_a_character_of_several_tokens_waits_until_it_is_whole(folder, capsys, m
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("naïve 5 €", add_special_tokens=False).ids
     assert len(ids) > 9
-    savings = dict(skipped=0.0, skipped_per_call=0.0, macs_saved=0.0)
+    savings = generate(build(llama()), [[1]], 1).savings
     for new in (ids, ids[:-1]):
         pieces = []
 
-        def fake(*args):
+        def fake(*_, on_token, **__):
             for token in new:
-                args[-1](0, token)
+                on_token(0, token)
                 pieces.append(capsys.readouterr().out)
             return program.Generation([new], savings, [[]])
         monkeypatch.setattr(program, "generate", fake)
@@ -338,13 +351,13 @@ def test_a_character_of_several_tokens_waits_until_it_is_whole(folder, capsys, m
 
 
 def test_several_prompts_and_questions(folder, capsys):
-    """Answers under the wrong question; a template other than training's."""
+    """Answers under the wrong question or in another order than asked; a template other than training's."""
     assert main(words(folder, "--prompt", "Tom has", "--question", "How many?", "--prompt", "x", budget=1.0)) == 0
-    texts = ["Tom has", "x", "Question: How many?\nAnswer:"]
+    texts = ["Tom has", "Question: How many?\nAnswer:", "x"]
     tokenizer, result = expected(folder, texts, 1.0)
     blocks = "".join(f"--- {i}\n{text}{tokenizer.decode(new)}\n" for i, (text, new) in enumerate(zip(texts, result.tokens), 1))
     assert capsys.readouterr().out.startswith(blocks + "\nnone, budget 1.0: skipped 0.0% ")
-    assert encode_prompt(tokenizer, "How many?") == tokenizer.encode(texts[2]).ids
+    assert encode_prompt(tokenizer, "How many?") == tokenizer.encode(texts[1]).ids
 
 
 def test_chat_uses_the_models_template(folder, tmp_path, monkeypatch):
@@ -354,7 +367,7 @@ def test_chat_uses_the_models_template(folder, tmp_path, monkeypatch):
     other = derived(folder, tmp_path / "chat")
     (other / "chat_template.jinja").write_text("<bos>[{{ messages[0].role }}] {{ messages[0].content }} [assistant]")
     asked = []
-    monkeypatch.setattr(program, "generate", lambda model, prompts, *_: asked.extend(prompts) or sys.exit())
+    monkeypatch.setattr(program, "generate", lambda model, prompts, *_, **__: asked.extend(prompts) or sys.exit())
     with pytest.raises(SystemExit):
         main(words(other, "--chat", "--prompt", "Hi"))
     assert asked[0].count(0) == 1 and load_tokenizer(folder).decode(asked[0][1:]) == "[user] Hi [assistant]"
@@ -381,9 +394,9 @@ def test_flags_arrive(folder, dense, capsys, monkeypatch):
     """A flag that is parsed and then forgotten."""
     outputs, asked, real = {}, [], generate
 
-    def spy(model, prompts, n, policy, *rest):
-        asked.append((policy, rest[-2], model.lm_head.weight.dtype, n))
-        return real(model, prompts, n, policy, *rest)
+    def spy(model, prompts, n, policy, **rest):
+        asked.append((policy, rest["compute"], model.lm_head.weight.dtype, n))
+        return real(model, prompts, n, policy, **rest)
     monkeypatch.setattr(program, "generate", spy)
     for name, more, flags in (("greedy", [], {}), ("hot", [], dict(temperature=3.0)), ("again", [], dict(temperature=3.0)),
                               ("seed", [], dict(temperature=3.0, seed=1)), ("k", [], dict(temperature=3.0, top_k=1)), ("p", [], dict(temperature=3.0, top_p=1e-9)),

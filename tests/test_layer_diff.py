@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layer_diff
-from gates import InputError
+from console import InputError
 from load_weights import load_model, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,7 +37,7 @@ def test_goldens_agree(golden, capsys):
     ("embed_tokens.weight", "embedding", 0, "scale"),
 ])
 def test_first_wrong_layer_is_named(weight, first, position, hint, tmp_path, capsys):
-    """A tool that names the last or the largest difference, or counts layers from 1, sends its user to the wrong place."""
+    """A tool that names the last or the largest difference, or counts layers from 1: its user looks elsewhere."""
     model = load_model(GOLDEN / "gemma2")
     with torch.no_grad():
         model.get_parameter(f"model.{weight}").mul_(1.5)

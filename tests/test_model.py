@@ -1,7 +1,7 @@
-"""Tests of model.py: the decoder against Hugging Face's outputs, and every way of running it against every other.
+"""Tests of model.py: the decoder against a loop by hand, against Hugging Face, and every way of running it.
 
-Two paths that must agree (masked / compact, cached / full, alone / in a batch) are compared in float64 to 1e-9, keep masks
-first; then once in float32, one path's masks fed to the other, to 1e-4 of the largest logit.
+Two paths that must agree (masked / compact, alone / in a batch) are compared in float64 to 1e-9, keep masks first; then
+once in float32, one path's masks fed to the other, to 1e-4 of the largest logit.
 """
 import copy
 import math
@@ -13,207 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import DEVICES, VOCAB, Synchronisations, build, frozen, gemma, llama, padding, same, same_masks, tokens
-from gates import GRANULARITIES, GateConfig, InputError, SkipPolicy, calibrate, select_tokens, sparsity_loss, thresholds_at
+from conftest import (VOCAB, Synchronisations, both_kv, both_ways, build, close_in_float32, families, frozen, gemma,
+                      given, gradients, in_float32, llama, mixed, new_cache, on_devices, padding, same, same_masks,
+                      tokens)
+from console import InputError
+from gates import GRANULARITIES, GateConfig, SkipPolicy, select_tokens, sparsity_loss
 from load_weights import load_model
-from model import KVCache, Model, Rows
+from model import Model
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 GOLDENS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
-on_devices = pytest.mark.parametrize("device", DEVICES)
-families = pytest.mark.parametrize("family", [llama, gemma])
-both_kv = pytest.mark.parametrize("kv", ["copy_up", "dense"])
-both_ways = pytest.mark.parametrize("compute", ["masked", "compact"])
 
 
-def new_cache(model, batch, room):
-    weight = model.model["embed_tokens"].weight
-    return KVCache(model.config, batch, room, weight.device, weight.dtype)
-
-
-def given(masks, like=SkipPolicy()):
-    """Recorded masks, with the granularity and kv of another policy."""
-    return SkipPolicy("given", skip=like.skip, kv=like.kv, masks=masks)
-
-
-def in_float32(model):
-    return copy.deepcopy(model).float()
-
-
-def close_in_float32(a, b):
-    same(a / b.abs().max(), b / b.abs().max(), 1e-4)
-
-
-def mixed(masks, valid):
-    """Assert that masks (list over branches) neither keep nor skip nearly everything: a comparison of them says something."""
-    share = sum((~m & valid).sum().item() for m in masks) / (len(masks) * valid.sum().item())
-    assert 0.15 < share < 0.85, share
-
-
-# Against Hugging Face.
-
-@pytest.fixture(scope="module", params=GOLDENS)
-def golden(request):
-    return request.param, load_model(GOLDEN / request.param), load_file(GOLDEN / request.param / "golden.safetensors")
-
-
-def test_goldens_are_there():
-    """A clone without the goldens would pass every golden test by having none."""
-    assert GOLDENS == ["gemma2", "llama_rope3", "llama_untied"]
-
-
-@on_devices
-@both_ways
-def test_golden_logits(golden, compute, device):
-    """Anything in the decoder that is not what Hugging Face computes: rope and its scaling, norms, activation, softcaps,
-    windows, head_dim, an untied head; on a plain batch, 300 tokens, and a left-padded batch where the mask is 1."""
-    _, model, g = golden
-    model, g = copy.deepcopy(model).to(device), {key: value.to(device) for key, value in g.items()}
-    with torch.no_grad():
-        assert (model(g["input_ids"], compute=compute)[0] - g["logits"]).abs().max() < 1e-3
-        assert (model(g["long_input_ids"], compute=compute)[0][:, -16:] - g["long_logits_last16"]).abs().max() < 1e-3
-        real = g["batch_attention_mask"].bool()
-        logits = model(g["batch_input_ids"], valid=real, compute=compute)[0]
-        assert (logits - g["batch_logits"])[real].abs().max() < 1e-3
-
-
-def test_golden_hidden_states(golden):
-    """Two mistakes that cancel in the logits, or an embedding scale applied in the wrong place: every layer's output."""
-    _, model, g = golden
-    states, hooks = [], []
-    for layer in model.model["layers"]:
-        hooks.append(layer.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0])))
-    hooks.append(model.model["norm"].register_forward_pre_hook(lambda _, arguments: states.append(arguments[0])))
-    with torch.no_grad():
-        model(g["input_ids"])
-    for hook in hooks:
-        hook.remove()
-    for i, h in enumerate(states):
-        assert (h - g[f"hidden.{i}"]).abs().max() < 1e-3, f"enters layer {i}"
-    assert f"hidden.{len(states)}" not in g and len(states) == model.config.num_hidden_layers + 1
-
-
-def greedy(model, ids, valid, steps, compute, policy=None):
-    """(B, steps) greedy ids from a cached loop, and the traces."""
-    cache, new, traces = new_cache(model, len(ids), ids.shape[1] + steps), [], []
-    with torch.no_grad():
-        for _ in range(steps):
-            logits, trace = model(ids, valid=valid, cache=cache, compute=compute, logits="last", policy=policy)
-            ids, valid = logits.argmax(-1)[:, None], None
-            new.append(ids)
-            traces.append(trace)
-    return torch.cat(new, dim=1), traces
-
-
-@on_devices
-@both_ways
-def test_golden_greedy_ids(golden, compute, device):
-    """A cache that drifts: wrong slots or positions while decoding, after a plain and after a left-padded prompt."""
-    _, model, g = golden
-    model, g = copy.deepcopy(model).to(device), {key: value.to(device) for key, value in g.items()}
-    assert torch.equal(greedy(model, g["greedy_prompt_ids"], None, 32, compute)[0], g["greedy_new_ids"])
-    assert torch.equal(greedy(model, g["batch_input_ids"], g["batch_attention_mask"].bool(), 32, compute)[0], g["batch_greedy_new_ids"])
-
-
-def test_both_styles_of_config_load_alike(golden, tmp_path):
-    """rope_parameters read and rope_theta + rope_scaling not (or defaults of another family): other logits, no error."""
-    name, model, g = golden
-    for file in (GOLDEN / name).iterdir():
-        if file.name not in ("config.json", "golden.safetensors"):
-            shutil.copy(file, tmp_path / ("config.json" if file.name == "config.hub.json" else file.name))
-    with torch.no_grad():
-        assert torch.equal(load_model(tmp_path)(g["long_input_ids"])[0], model(g["long_input_ids"])[0])
-
-
-# Masked against compact.
-
-GATES = [None, GateConfig(), GateConfig("scalar"), GateConfig(arch="lowrank", rank=3), GateConfig(arch="mlp"), GateConfig("scalar", "mlp"),
-         GateConfig(shared=True), GateConfig(input="residual"), GateConfig(placement="before"), GateConfig(detach=True),
-         GateConfig("scalar", input="residual", placement="before", shared=True, detach=True)]
-
-
-def random_case(seed, device):
-    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    family, gate, kv_heads = rng.choice([llama, gemma]), GATES[seed % len(GATES)], rng.choice([1, 2])
-    model = build(family(gate, num_hidden_layers=rng.randint(1, 4), num_key_value_heads=kv_heads, head_dim=rng.choice([2, 4, 6]),
-                         num_attention_heads=kv_heads * rng.choice([1, 2]), hidden_size=rng.choice([16, 24])), seed, device)
-    batch, length = rng.randint(1, 4), rng.randint(1, 11)
-    ids = torch.randint(VOCAB, (batch, length), generator=generator).to(device)
-    side = rng.choice(["none", "left", "right", "anywhere"])
-    valid = None if side == "none" else torch.rand(batch, length, generator=generator) < 0.7 if side == "anywhere" else padding(
-        [rng.randint(0, length) for _ in range(batch)], length, side)
-    if valid is not None and not valid.any():
-        valid[0, -1] = True
-    valid = None if valid is None else valid.to(device)
-    kind, budget = rng.choice(["random"] if gate is None else ["batch", "frozen", "random", "topk"]), rng.choice([1.0, 0.9, 0.7, 0.5, 0.2, 0.02])
-    skip, kv = rng.choice(GRANULARITIES), rng.choice(["copy_up", "dense"])
-    policy = SkipPolicy(kind, budget, skip, kv, generator=torch.Generator().manual_seed(seed))
-    if kind == "frozen" and budget < 1:
-        policy.thresholds = frozen(model, ids, valid, 1 - budget).thresholds
-    return model, ids, valid, policy
-
-
-def gradients(model, logits, weights):
-    """{name: gradient} of a weighted sum of logits, zeros where a parameter took no part."""
-    model.zero_grad()
-    (logits * weights).sum().backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-
-
-@on_devices
-@pytest.mark.parametrize("seed", range(150))
-def test_compact_equals_masked(seed, device):
-    """Gathered rows put back in the wrong place, compacted positions, skipped tokens missing from later attention,
-    padding in the rectangle, a gradient that stops at the gather: on random models, batches, policies and gates."""
-    model, ids, valid, policy = random_case(seed, device)
-    logits, trace = model(ids, valid=valid, policy=policy, compute="masked")
-    recorded = given(trace.keep, policy) if policy.kind == "random" else policy
-    compact, other = model(ids, valid=valid, policy=recorded, compute="compact")
-    same_masks(other.keep, trace.keep)
-    same(compact, logits)
-    for a, b in zip(other.scores or [], trace.scores or [], strict=True):
-        same(a, b)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
-    expected = gradients(model, logits, weights)
-    for name, gradient in gradients(model, compact, weights).items():
-        same(gradient, expected[name])
-    single = in_float32(model)
-    with torch.no_grad():
-        a, b = (single(ids, valid=valid, policy=given(trace.keep, policy), compute=c)[0] for c in ("compact", "masked"))
-    close_in_float32(a, b)
-
-
-@on_devices
-@pytest.mark.parametrize("seed", range(150, 210))
-@torch.no_grad()
-def test_compact_equals_masked_with_a_cache(seed, device):
-    """Copied-up rows, or rows that nobody computed, missing from the cache: prompt, a ragged second call and one more
-    token, the caches compared layer by layer after each."""
-    model, ids, valid, policy = random_case(seed, device)
-    generator, (batch, length) = torch.Generator().manual_seed(seed), ids.shape
-    chunks = [(ids, valid), (torch.randint(VOCAB, (batch, 3), generator=generator).to(device), padding([seed % 3 + 1] * batch, 3, "right", device)),
-              (torch.randint(VOCAB, (batch, 1), generator=generator).to(device), None)]
-    caches = {compute: new_cache(model, batch, length + 7) for compute in ("masked", "compact")}
-    for tokens_, real in chunks:
-        logits, trace = model(tokens_, valid=real, cache=caches["masked"], policy=policy, compute="masked")
-        recorded = given(trace.keep, policy) if policy.kind == "random" else policy
-        compact, other = model(tokens_, valid=real, cache=caches["compact"], policy=recorded, compute="compact")
-        same_masks(other.keep, trace.keep)
-        same(compact, logits)
-        assert torch.equal(caches["masked"].lengths, caches["compact"].lengths)
-        for a, b in zip(caches["compact"].k + caches["compact"].v, caches["masked"].k + caches["masked"].v):
-            same(a, b)
-
-
-def test_random_cases_cover_the_space():
-    """A generator of cases that never draws what breaks: every family, policy, granularity, kv, padding and an all-padding row."""
-    cases = [random_case(seed, "cpu") for seed in range(150)]
-    assert {m.config.gemma for m, *_ in cases} == {True, False} and {repr(m.config.gate) for m, *_ in cases} == {repr(g) for g in GATES}
-    assert {p.kind for *_, p in cases} == {"batch", "frozen", "random", "topk"} and {p.skip for *_, p in cases} == set(GRANULARITIES)
-    assert {p.kv for *_, p in cases} == {"copy_up", "dense"} and {p.budget for *_, p in cases} == {1.0, 0.9, 0.7, 0.5, 0.2, 0.02}
-    assert any(v is None for _, _, v, _ in cases) and any(v is not None and not v.any(1).all() for _, _, v, _ in cases)
-
+# What goes in and what comes out.
 
 def test_unknown_compute_is_refused():
     """compute="compacted" running masked, and its saving reported as real."""
@@ -221,177 +33,95 @@ def test_unknown_compute_is_refused():
         build(llama())(tokens(1, 2), compute="compacted")
 
 
-# Cached against full.
+@torch.no_grad()
+def test_places_before_last_and_all_without_either():
+    """`if places` for `if places is not None`: place 0 alone is false, and so is no place at all; or last winning."""
+    model, ids = build(llama()), tokens(2, 3)
+    everything, trace = model(ids)
+    assert everything.shape == (2, 3, VOCAB) and trace.logit_rows == 6
+    assert torch.equal(model(ids, last=False, places=None)[0], everything)
+    for places in ([0], [], [4, 4], [5, 2, 0]):
+        for last in (False, True):
+            some, trace = model(ids, last=last, places=torch.tensor(places, dtype=torch.long))
+            assert trace.logit_rows == len(places)
+            same(some, everything.flatten(0, 1)[places], 1e-12)
+
 
 @on_devices
 @both_ways
-@both_kv
-@pytest.mark.parametrize("lengths", [None, [11, 3, 14]])
-@pytest.mark.parametrize("skipping", [False, True])
 @families
 @torch.no_grad()
-def test_step_by_step_equals_one_pass(family, skipping, lengths, kv, compute, device):
-    """A cache that is off by one, loses copied-up rows, or forgets that a query past the window no longer sees the first
-    keys; prompts in one piece and in chunks, then token by token, against one pass over everything."""
-    model, S = build(family(), device=device), 14
-    ids = tokens(3, S, device=device)
-    valid = None if lengths is None else padding(lengths, S, device=device)
-    policy = frozen(model, ids, valid, kv=kv) if skipping else SkipPolicy(kv=kv)
-    everyone = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    whole = new_cache(model, 3, S)
-    full, expected = model(ids, valid=valid, policy=policy, cache=whole)
-    if skipping:
-        mixed(expected.keep, everyone)
-    assert S > 2 * 4 + 1                                         # well past the window
-    single, single_full = in_float32(model), None
-    for cuts in ([0, 6, *range(7, S + 1)], [0, 2, 7, 9, S], [*range(S + 1)]):
-        cache, cache32, logits32 = new_cache(model, 3, S), new_cache(single, 3, S), []
-        for a, b in zip(cuts, cuts[1:]):
-            part = None if valid is None or valid[:, a:b].all() else valid[:, a:b]
-            logits, trace = model(ids[:, a:b], valid=part, policy=policy, cache=cache, compute=compute)
-            same_masks(trace.keep, [m[:, a:b] for m in expected.keep])
-            same(logits[everyone[:, a:b]], full[:, a:b][everyone[:, a:b]])
-            masks = given([m[:, a:b] for m in expected.keep], policy)
-            logits32.append(single(ids[:, a:b], valid=part, policy=masks, cache=cache32, compute=compute)[0])
-        for x, y in zip(cache.k + cache.v, whole.k + whole.v):
-            same(x, y)
-        assert cache.lengths.tolist() == whole.lengths.tolist() == everyone.sum(1).tolist()
-        single_full = single(ids, valid=valid, policy=given(expected.keep, policy))[0]
-        close_in_float32(torch.cat(logits32, dim=1)[everyone], single_full[everyone])
+def test_logits_where_asked(family, compute, device):
+    """The last row that is not the last column, or flat places counted by column: both are rows of all the logits."""
+    model, ids = build(family(), device=device), tokens(3, 6, device=device)
+    valid = padding([6, 2, 4], 6, device=device)
+    policy = frozen(model, ids, valid)
+    everything, trace = model(ids, valid=valid, policy=policy, compute=compute)
+    last, last_trace = model(ids, valid=valid, policy=policy, compute=compute, last=True)
+    places = torch.tensor([5, 0, 17, 10], device=device)
+    some, some_trace = model(ids, valid=valid, policy=policy, compute=compute, places=places)
+    same(last, everything[:, -1], 1e-12)
+    same(some, everything.flatten(0, 1)[places], 1e-12)
+    assert (trace.logit_rows, last_trace.logit_rows, some_trace.logit_rows) == (18, 3, 4)
 
 
-@on_devices
-@both_ways
-@torch.no_grad()
-def test_ragged_chunks_equal_each_row_alone(compute, device):
-    """Chunks of a prompt that are padded on the right, unequally per row: slots or positions that count the padding, or a
-    bound on the used slots that runs past the end of the cache."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_gate_parameters_and_trace(shared):
+    """Shared gates that are one per layer all the same, or a trace without a branch: names as on disk, 2L entries."""
+    model = build(llama(GateConfig(shared=shared)))
+    names = {name.rpartition("_gate.")[0] for name, _ in model.named_parameters() if "_gate." in name}
+    layers = ["model."] if shared else [f"model.layers.{i}." for i in range(4)]
+    assert names == {layer + kind for layer in layers for kind in ("self_attn", "mlp")}
+    _, trace = model.train()(tokens(2, 5))
+    assert len(trace.gates) == len(trace.scores) == len(trace.keep) == 8
+    for g, s in zip(trace.gates, trace.scores):
+        assert g.shape == (2, 5, 24) and s.shape == (2, 5)
+        same(s, g.mean(-1))
+    assert model.eval()(tokens(2, 5))[1].gates is None and model(tokens(2, 5), keep_gates=True)[1].gates is not None
+    plain = build(llama(None)).train()(tokens(2, 5))[1]
+    assert plain.gates is None and plain.scores is None and all(m.all() for m in plain.keep)
+
+
+def test_tied_head_is_shared():
+    """A copied head: it drifts from the embedding in training, and costs its memory twice."""
+    for tied in (True, False):
+        model = Model(llama(tie_word_embeddings=tied))
+        assert (model.lm_head.weight.data_ptr() == model.model["embed_tokens"].weight.data_ptr()) is tied
+        assert ("lm_head.weight" in dict(model.named_parameters())) is not tied
+    for name in GOLDENS:
+        model = load_model(GOLDEN / name)
+        tied = name != "llama_untied"
+        assert model.config.tie_word_embeddings is tied
+        assert (model.lm_head.weight.data_ptr() == model.model["embed_tokens"].weight.data_ptr()) is tied
+
+
+def test_fresh_model_starts_small():
+    """A from-scratch initialisation that misses a parameter (torch.empty left in), or norms that start at 0."""
     for family in (llama, gemma):
-        model = build(family(), device=device)
-        lengths = [[4, 1, 3], [0, 4, 2], [2, 0, 1], [1, 1, 1]]   # real tokens of each row in each call
-        totals = [sum(column) for column in zip(*lengths)]       # 7, 6, 7
-        rows = tokens(3, 7, device=device)
-        policy = frozen(model, rows)
-        cache, done = new_cache(model, 3, 7), [0, 0, 0]
-        alone = [model(rows[i:i + 1, :totals[i]], policy=policy) for i in range(3)]
-        for real in lengths:
-            width = max(real)
-            ids = torch.zeros(3, width, dtype=torch.long, device=device)
-            for i, n in enumerate(real):
-                ids[i, :n] = rows[i, done[i]:done[i] + n]
-            valid = None if real == [1, 1, 1] else padding(real, width, "right", device)
-            logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute)
-            for i, n in enumerate(real):
-                part = slice(done[i], done[i] + n)
-                same_masks([m[i, :n] for m in trace.keep], [m[0, part] for m in alone[i][1].keep])
-                same(logits[i, :n], alone[i][0][0, part])
-                done[i] += n
-        assert cache.lengths.tolist() == totals
-
-
-@on_devices
-@torch.no_grad()
-def test_rows_that_go_on_after_others_have_finished(device):
-    """KVCache.select that mixes up rows, or leaves lengths behind: after two of four sequences finish, the others go on
-    as if nothing had been, also from a left-padded prompt."""
-    for valid in (None, padding([9, 4, 7, 6], 9, device=device)):
-        model, ids = build(gemma(), device=device), tokens(4, 12, device=device)
-        policy, whole, cache = frozen(model, ids), new_cache(model, 4, 12), new_cache(model, 4, 12)
-        rows = torch.tensor([3, 1], device=device)
-        for c in (whole, cache):
-            model(ids[:, :9], valid=valid, cache=c, policy=policy)
-        cache.select(rows)
-        assert cache.k[0].shape[0] == 2 and len(cache.k) == len(cache.v) == 4
-        for s in range(9, 12):
-            expected, everything = model(ids[:, s:s + 1], cache=whole, policy=policy)
-            logits, trace = model(ids[rows, s:s + 1], cache=cache, policy=policy, compute="compact")
-            same_masks(trace.keep, [m[rows] for m in everything.keep])
-            same(logits, expected[rows])
-        same(cache.k[2], whole.k[2][rows])
-        assert cache.lengths.tolist() == whole.lengths[rows].tolist()
-
-
-@both_ways
-@torch.no_grad()
-def test_cache_too_short(compute):
-    """Silently wrapping or clamping at the end of the cache: it must be said; up to the last slot it must work."""
-    model, ids = build(llama()), tokens(2, 6)
-    with pytest.raises(ValueError):
-        model(ids, cache=new_cache(model, 2, 5), compute=compute)
-    cache = new_cache(model, 2, 6)
-    model(ids[:, :5], cache=cache, compute=compute)
-    same(model(ids[:, 5:], cache=cache, compute=compute)[0], model(ids)[0][:, 5:])
-    with pytest.raises(ValueError):
-        model(ids[:, :1], cache=cache, compute=compute)
-
-
-@torch.no_grad()
-def test_a_full_row_that_only_pads_does_not_need_room():
-    """A padded place of a row whose slots are all used counted as a token: the call is refused although all of its tokens fit."""
-    model, ids = build(llama()), tokens(2, 4)
-    cache = new_cache(model, 2, 4)
-    model(ids, valid=padding([4, 2], 4, "right"), cache=cache)
-    logits, _ = model(ids[:, 2:3], valid=torch.tensor([[False], [True]]), cache=cache)
-    same(logits[1, 0], model(ids[1:, :3])[0][0, 2])
-
-
-@torch.no_grad()
-def test_a_waiting_row_keeps_its_slots_in_sight():
-    """A bound on the used slots that follows only the rows that move: a longer row that waits for one call would then not
-    see its own last slots."""
-    model, ids = build(llama()), tokens(2, 4)
-    cache = new_cache(model, 2, 4)
-    model(ids, valid=padding([3, 1], 4, "right"), cache=cache)
-    model(ids[:, 1:2], valid=torch.tensor([[False], [True]]), cache=cache)
-    logits, _ = model(torch.stack([ids[0, 3:], ids[1, 2:3]]), cache=cache)
-    same(logits[0], model(ids[:1])[0][0, 3:])
-    same(logits[1], model(ids[1:, :3])[0][0, 2:])
-
-
-# Positions.
-
-@on_devices
-@families
-@torch.no_grad()
-def test_explicit_positions(family, device):
-    """positions= ignored, or taken for the call's own order: the default spelt out is the default, with and without a
-    cache; shifted by a constant the logits stay (rope is relative)."""
-    model, ids = build(family(), device=device), tokens(2, 9, device=device)
-    policy = frozen(model, ids)
-    expected, trace = model(ids, policy=policy)
-    place = torch.arange(9, device=device).expand(2, 9)
-    for compute in ("masked", "compact"):
-        logits, other = model(ids, positions=place, policy=policy, compute=compute)
-        same_masks(other.keep, trace.keep)
-        same(logits, expected)
-        cache = new_cache(model, 2, 9)
-        parts = [model(ids[:, a:b], positions=place[:, a:b], cache=cache, policy=policy, compute=compute)[0] for a, b in ((0, 5), (5, 8), (8, 9))]
-        same(torch.cat(parts, dim=1), expected)
-        same(model(ids, positions=place + 5, policy=given(trace.keep), compute=compute)[0], expected, 1e-5)     # tables are float32
-        assert (model(ids, positions=place * 2, policy=given(trace.keep), compute=compute)[0] - expected).abs().max() > 1e-2
-
-
-@families
-@torch.no_grad()
-def test_positions_in_another_order(family):
-    """A mask from the order of the call where positions say otherwise: the same tokens listed backwards are the same text."""
-    model, ids = build(family()), tokens(2, 9)
-    backwards = torch.arange(8, -1, -1)[None].expand(2, 9)
-    for compute in ("masked", "compact"):
-        same(model(ids.flip(1), positions=backwards, compute=compute)[0].flip(1), model(ids)[0])
-
-
-@torch.no_grad()
-def test_positions_with_a_gap_respect_the_window():
-    """The window dropped because a call has few keys, though they lie far apart: with a gap wider than the window (4) the
-    tokens after it must not see those before it in a windowed layer."""
-    model, ids = build(gemma(windows=[4, 4, 4, 4])), tokens(1, 4)
-    place = torch.tensor([[0, 1, 30, 31]])
-    for compute in ("masked", "compact"):
-        same(model(ids, positions=place, compute=compute)[0][:, 2:], model(ids[:, 2:])[0], 1e-5)
+        with torch.device("meta"):
+            model = Model(family(hidden_size=64, intermediate_size=96))
+        model = model.to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.fill_(math.nan)
+        model.init_weights(torch.Generator().manual_seed(0))
+        for name, p in model.named_parameters():
+            assert torch.isfinite(p).all(), name
+            if "norm" in name:
+                assert (p == (0 if family is gemma else 1)).all()
+            elif "_gate." not in name:
+                scale = 0.02 / 8 ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                assert p.std().item() == pytest.approx(scale, rel=0.1), name
+        logits, trace = model(tokens(2, 8))
+        assert logits.std() < 1 and min(s.min() for s in trace.scores) > 0.9
 
 
 # A hand-written loop over tokens and layers.
+
+GATES = [None, GateConfig(), GateConfig("scalar"), GateConfig(arch="lowrank", rank=3), GateConfig(arch="mlp"),
+         GateConfig("scalar", "mlp"), GateConfig(shared=True), GateConfig(input="residual"),
+         GateConfig(placement="before"), GateConfig(detach=True),
+         GateConfig("scalar", input="residual", placement="before", shared=True, detach=True)]
+
 
 def norm_by_hand(x, w, eps):
     return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + eps) * w
@@ -445,7 +175,8 @@ def by_hand(model, ids, decide, kv):
                 heads = []
                 for head in range(c.num_attention_heads):
                     shared = head * c.num_key_value_heads // c.num_attention_heads
-                    weights = [math.exp(float(q[head] @ K[l, j][0][shared]) / math.sqrt(c.head_dim)) for j in range(t + 1)]
+                    weights = [math.exp(float(q[head] @ K[l, j][0][shared]) / math.sqrt(c.head_dim))
+                               for j in range(t + 1)]
                     heads.append(sum(a / sum(weights) * K[l, j][1][shared] for j, a in enumerate(weights)))
                 out = w[p + "self_attn.o_proj.weight"] @ torch.cat(heads)
                 h = h + (out if before else value * out)
@@ -462,48 +193,24 @@ def by_hand(model, ids, decide, kv):
 
 
 def hand_config(gate=GateConfig(), **changes):
-    return llama(gate, head_dim=8, rope_theta=256.0, **changes)  # turns of 1, 1/4, 1/16, 1/64: exact in float32, as the table is
-
-
-@on_devices
-@both_ways
-@both_kv
-@pytest.mark.parametrize("gate", GATES[1:9], ids=lambda g: f"{g.form}-{g.arch}-{g.input}-{g.placement}{'-shared' * g.shared}")
-@torch.no_grad()
-def test_frozen_skipping_equals_the_loop_by_hand(gate, kv, compute, device):
-    """Any deviation from the equations: K_l,i = K_l-1,i for skipped tokens, keys rotated at the absolute position, kept
-    tokens attending to skipped ones, gate times output (or input), score the mean gate. A left-padded batch, cached."""
-    model, lengths = build(hand_config(gate, num_hidden_layers=3), device=device), [5, 8, 3]
-    ids, valid = tokens(3, 8, device=device), padding(lengths, 8, device=device)
-    policy = frozen(model, ids, valid, share=0.4, kv=kv)
-    cache = new_cache(model, 3, 10)
-    logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute)
-    mixed(trace.keep, valid)
-    plain = copy.deepcopy(model).cpu()
-    for row, n in enumerate(lengths):
-        hand, K, keeps = by_hand(plain, ids[row, 8 - n:].tolist(), lambda t, branch, score: score > policy.thresholds[branch], kv)
-        assert [m[row, 8 - n:].tolist() for m in trace.keep] == [[keeps[branch, t] for t in range(n)] for branch in range(6)]
-        same(logits[row, 8 - n:].cpu(), hand)
-        for layer in range(3):
-            for t in range(n):
-                same(cache.k[layer][row, :, t].cpu(), K[layer, t][0])
-                same(cache.v[layer][row, :, t].cpu(), K[layer, t][1])
-            assert not cache.k[layer][row, :, n:].any() and not cache.v[layer][row, :, n:].any()
+    # turns of 1, 1/4, 1/16, 1/64: exact in float32, as the table is
+    return llama(gate, head_dim=8, rope_theta=256.0, **changes)
 
 
 @on_devices
 @both_ways
 @torch.no_grad()
 def test_runs_of_skips_copy_up_through_the_whole_run(compute, device):
-    """A copy from the layer below that takes its own K instead of what it had copied, at layer 0 the last layer's, or a
-    key rotated again on the way: token 1 skips layers 1 to 3, token 2 layers 0 to 2, token 0 all, in one pass and by steps."""
+    """A copy of the layer below's own K instead of what that had copied, at layer 0 the last layer's, or a key rotated
+    again on the way: token 1 skips layers 1 to 3, token 2 layers 0 to 2, token 0 all, in one pass and by steps."""
     model, ids = build(hand_config(None), device=device), tokens(1, 5, device=device)
     skips = {1: [1, 2, 3], 2: [0, 1, 2], 0: [0, 1, 2, 3], 3: [2]}
     masks = [torch.ones(1, 5, dtype=torch.bool, device=device) for _ in range(8)]
     for token, layers in skips.items():
         for layer in layers:
             masks[2 * layer][0, token] = False
-    hand, K, _ = by_hand(copy.deepcopy(model).cpu(), ids[0].tolist(), lambda t, branch, _: bool(masks[branch][0, t]), "copy_up")
+    decide = lambda t, branch, _: bool(masks[branch][0, t])
+    hand, K, _ = by_hand(copy.deepcopy(model).cpu(), ids[0].tolist(), decide, "copy_up")
     for cuts in ([0, 5], [0, 2, 5], range(6)):
         cache, parts = new_cache(model, 1, 5), []
         for a, b in zip(cuts, cuts[1:]):
@@ -519,22 +226,34 @@ def test_runs_of_skips_copy_up_through_the_whole_run(compute, device):
 
 @on_devices
 @both_ways
-@families
+@both_kv
+@pytest.mark.parametrize("gate", GATES[1:9],
+                         ids=lambda g: f"{g.form}-{g.arch}-{g.input}-{g.placement}{'-shared' * g.shared}")
 @torch.no_grad()
-def test_copied_rows_are_those_of_the_layer_below(family, compute, device):
-    """A copy that fails and is swallowed (the authors' did): every skipped token's K and V, in every layer above the
-    first, are those below it bit for bit, and no kept token's are; with kv="dense" nobody's are."""
-    model, ids, valid = build(family(), device=device), tokens(3, 8, device=device), padding([8, 3, 6], 8, device=device)
-    for kv in ("copy_up", "dense"):
-        cache, policy = new_cache(model, 3, 9), frozen(model, ids, valid, kv=kv)
-        keep = model(ids, valid=valid, cache=cache, policy=policy, compute=compute)[1].keep
-        keep = [torch.stack([m[row].roll(n) for row, n in enumerate((0, 3, 6))]) for m in keep]     # by slot: real tokens first
-        mixed(keep, padding([8, 3, 6], 8, "right", device=device))
-        for layer in range(1, 4):
-            for x in (cache.k, cache.v):
-                copied = (x[layer] == x[layer - 1]).transpose(1, 2).flatten(2)[:, :8].all(-1)       # (B, slots)
-                assert torch.equal(copied, ~keep[2 * layer] if kv == "copy_up" else padding([0, 5, 2], 8, device=device))
+def test_frozen_skipping_equals_the_loop_by_hand(gate, kv, compute, device):
+    """Any deviation from the equations: K_l,i = K_l-1,i for skipped tokens, keys rotated at the absolute position, kept
+    tokens attending to skipped ones, gate times output (or input), score the mean gate. A left-padded batch, cached."""
+    model, lengths = build(hand_config(gate, num_hidden_layers=3), device=device), [5, 8, 3]
+    ids, valid = tokens(3, 8, device=device), padding(lengths, 8, device=device)
+    policy = frozen(model, ids, valid, share=0.4, kv=kv)
+    cache = new_cache(model, 3, 10)
+    logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute)
+    mixed(trace.keep, valid)
+    plain = copy.deepcopy(model).cpu()
+    for row, n in enumerate(lengths):
+        decide = lambda t, branch, score: score > policy.thresholds[branch]
+        hand, K, keeps = by_hand(plain, ids[row, 8 - n:].tolist(), decide, kv)
+        expected = [[keeps[branch, t] for t in range(n)] for branch in range(6)]
+        assert [m[row, 8 - n:].tolist() for m in trace.keep] == expected
+        same(logits[row, 8 - n:].cpu(), hand)
+        for layer in range(3):
+            for t in range(n):
+                same(cache.k[layer][row, :, t].cpu(), K[layer, t][0])
+                same(cache.v[layer][row, :, t].cpu(), K[layer, t][1])
+            assert not cache.k[layer][row, :, n:].any() and not cache.v[layer][row, :, n:].any()
 
+
+# Copy-up.
 
 @both_ways
 @torch.no_grad()
@@ -553,11 +272,34 @@ def test_layer_0_has_nothing_below(compute):
 
 @on_devices
 @both_ways
+@families
+@torch.no_grad()
+def test_copied_rows_are_those_of_the_layer_below(family, compute, device):
+    """A copy that fails and is swallowed (the authors' did): every skipped token's K and V, in every layer above the
+    first, are those below it bit for bit, and no kept token's are; with kv="dense" nobody's are."""
+    model, ids = build(family(), device=device), tokens(3, 8, device=device)
+    valid = padding([8, 3, 6], 8, device=device)
+    for kv in ("copy_up", "dense"):
+        cache, policy = new_cache(model, 3, 9), frozen(model, ids, valid, kv=kv)
+        keep = model(ids, valid=valid, cache=cache, policy=policy, compute=compute)[1].keep
+        # by slot: real tokens first
+        keep = [torch.stack([m[row].roll(n) for row, n in enumerate((0, 3, 6))]) for m in keep]
+        mixed(keep, padding([8, 3, 6], 8, "right", device=device))
+        empty = padding([0, 5, 2], 8, device=device)             # slots without a token: zeros in every layer
+        for layer in range(1, 4):
+            for x in (cache.k, cache.v):
+                copied = (x[layer] == x[layer - 1]).transpose(1, 2).flatten(2)[:, :8].all(-1)       # (B, slots)
+                assert torch.equal(copied, ~keep[2 * layer] if kv == "copy_up" else empty)
+
+
+@on_devices
+@both_ways
 def test_gradient_flows_through_a_copied_row(compute, device):
     """A copy that is detached (or made under no_grad): the layer that made K and V would not learn what its copies are
     used for. Layer 0's attention is skipped by all, so that only token 1's copy at layer 1 can carry gradient to it."""
     model, ids = build(llama(None, num_hidden_layers=2), device=device), tokens(1, 4, device=device)
-    masks = [torch.tensor([m], dtype=torch.bool, device=device) for m in ([0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1])]
+    masks = [torch.tensor([m], dtype=torch.bool, device=device)
+             for m in ([0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1])]
     attention = model.model["layers"][0].self_attn
     kv = [attention.k_proj.weight, attention.v_proj.weight]
     loss = lambda: model(ids, policy=given(masks), compute=compute)[0][0, 3].square().sum()
@@ -595,7 +337,8 @@ def states(model, *arguments, **settings):
 @families
 def test_skipped_rows_keep_their_state_bit_for_bit(family, compute, device):
     """h = keep * (h + out) + (1 - keep) * h and the like: rounding in rows that nothing was done to."""
-    model, ids, valid = build(family(), dtype=torch.float32, device=device), tokens(3, 9, device=device), padding([9, 4, 7], 9, device=device)
+    model, ids = build(family(), dtype=torch.float32, device=device), tokens(3, 9, device=device)
+    valid = padding([9, 4, 7], 9, device=device)
     generator = torch.Generator().manual_seed(0)
     masks = [(torch.rand(3, 9, generator=generator) < 0.5).to(device) for _ in range(8)]
     h = states(model, ids, valid=valid, policy=given(masks), compute=compute)
@@ -608,9 +351,10 @@ def test_skipped_rows_keep_their_state_bit_for_bit(family, compute, device):
 @on_devices
 @families
 def test_nan_in_a_skipped_row_stays_there(family, device):
-    """Adding by keep * output: 0 * NaN is NaN. In masked mode all rows run; whatever the skipped ones give, even NaN, is
-    left out of h and of K and V, and so of every other row."""
-    model, ids, valid = build(family(), device=device), tokens(3, 9, device=device), padding([9, 4, 7], 9, device=device)
+    """Adding by keep * output: 0 * NaN is NaN. In masked mode all rows run; whatever the skipped ones give, even NaN,
+    is left out of h and of K and V, and so of every other row."""
+    model, ids = build(family(), device=device), tokens(3, 9, device=device)
+    valid = padding([9, 4, 7], 9, device=device)
     policy = frozen(model, ids, valid, share=0.5)
     clean, trace = model(ids, valid=valid, policy=policy)
     mixed(trace.keep, valid)
@@ -665,28 +409,6 @@ def test_padding_touches_nothing(family, kind, compute, device):
             assert torch.equal(a, b)
 
 
-@on_devices
-@both_ways
-@families
-def test_rows_of_nothing_but_padding(family, compute, device):
-    """-inf in the mask: a query that sees no key at all becomes NaN, in the backward pass for everybody. A row without one
-    real token, at first and later."""
-    model, valid, ids = build(family(), device=device), padding([6, 0, 2], 6, device=device), tokens(3, 6, device=device)
-    policy, cache, others = SkipPolicy("batch", 0.6), new_cache(model, 3, 9), [0, 2]
-    logits, trace = model(ids, valid=valid, policy=policy, compute=compute)
-    assert torch.isfinite(logits).all() and all(torch.isfinite(s).all() for s in trace.scores)
-    without = model(ids[others], valid=valid[others], policy=policy, compute=compute)[0]
-    same(logits[others][valid[others]], without[valid[others]])
-    expected = gradients(model, without, valid[others][..., None])
-    for name, gradient in gradients(model, logits, valid[..., None]).items():
-        same(gradient, expected[name])
-    with torch.no_grad():
-        model(ids, valid=valid, policy=policy, cache=cache, compute=compute)
-        before, nobody = [x.clone() for x in cache.k], torch.zeros(3, 1, dtype=torch.bool, device=device)
-        assert torch.isfinite(model(ids[:, :1], valid=nobody, policy=policy, cache=cache, compute=compute)[0]).all()
-    assert all(torch.equal(x, y) for x, y in zip(before, cache.k)) and cache.lengths.tolist() == [6, 0, 2]
-
-
 def modules_run(model, *arguments, **settings):
     """Names of the Linear layers and norms that one call runs."""
     ran, hooks = set(), []
@@ -732,74 +454,181 @@ def test_a_branch_that_nobody_needs_reads_no_weight(family, kv, length, device):
         assert ran == every - idle
 
 
-@on_devices
+# Gates and granularity.
+
+def test_gate_detach():
+    """gate_detach that detaches nothing, or everything: gates reach the backbone only where it is off, and do learn."""
+    for detach in (False, True):
+        model = build(llama(GateConfig(detach=detach)))
+        _, trace = model(tokens(2, 5), keep_gates=True)
+        sparsity_loss(trace.gates).backward()
+        reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        gates = {name for name, _ in model.named_parameters() if "_gate." in name}
+        assert gates <= reached
+        assert (reached == gates) is detach, reached - gates
+
+
+def test_no_gradient_through_a_decision():
+    """A score that keeps the graph alive through the threshold, or gates without a gradient from the cross-entropy."""
+    model, ids = build(llama()), tokens(2, 6)
+    policy = SkipPolicy("batch", 0.7)
+    logits, trace = model(ids, policy=policy)
+    assert not any(m.requires_grad for m in trace.keep)
+    (logits ** 2).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    (model(ids, policy=given(trace.keep))[0] ** 2).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad.any() and torch.equal(p.grad, expected[name])
+
+
 @both_ways
+@families
 @torch.no_grad()
-def test_nothing_is_gathered_at_budget_1(compute, device, monkeypatch):
-    """A gather, a mask tensor or a ranking in the plain path: at budget 1.0, prefill and decoding run the plain model."""
-    calls, gathers = [], []
-    monkeypatch.setattr(Rows, "__init__", lambda *_: gathers.append(1))
-    for config in (llama(), llama(None)):
-        model, ids = build(config, device=device), tokens(2, 6, device=device)
-        model.model["layers"][1].register_forward_pre_hook(lambda _, arguments: calls.append(arguments[-1]))
-        cache, plain = new_cache(model, 2, 6), new_cache(model, 2, 6)
-        for part in (ids[:, :5], ids[:, 5:]):
-            logits = model(part, policy=SkipPolicy("batch", 1.0), cache=cache, compute=compute)[0]
-            assert torch.equal(logits, model(part, cache=plain)[0])
-    assert len(calls) == 8 and not gathers
-    for call in calls:
-        assert call.masks == {} and call.valid is None and set(call.keep.values()) == {None}
+def test_whole_layers_follow_their_attention(family, compute):
+    """skip="layer" that asks the MLP's gate as well: its mask is the attention's, though its gate would differ."""
+    model, ids = build(family()), tokens(3, 8)
+    for policy in (SkipPolicy("batch", 0.6, "layer"), frozen(model, ids, skip="layer"),
+                   SkipPolicy("random", 0.6, "layer", generator=torch.Generator().manual_seed(0))):
+        trace = model(ids, policy=policy, compute=compute)[1]
+        mixed(trace.keep, trace.valid)
+        for layer in range(4):
+            assert torch.equal(trace.keep[2 * layer], trace.keep[2 * layer + 1])
+            assert not torch.equal(trace.keep[2 * layer + 1], select_tokens(trace.scores[2 * layer + 1], 0.6))
+
+
+@pytest.mark.parametrize("skip", GRANULARITIES)
+@families
+@torch.no_grad()
+def test_granularity_in_the_model(family, skip):
+    """A granularity that the model does not obey: which branches skip anything at all. And layers that skip nothing
+    beside layers that do: a mask made for all rows used for the gathered ones."""
+    model, ids, policy = build(family(windows=[None] * 4)), tokens(3, 12), SkipPolicy("batch", 0.6, skip)
+    caches = {compute: new_cache(model, 3, 12) for compute in ("masked", "compact")}
+    for part in (ids[:, :8], ids[:, 8:]):
+        logits, trace = model(part, policy=policy, cache=caches["masked"])
+        skips = [bool((~m).any()) for m in trace.keep]
+        assert skips == {"all": [True] * 8, "layer": [True] * 8, "attn": [True, False] * 4, "mlp": [False, True] * 4,
+                         "alternate": [False, False, True, True] * 2}[skip]
+        compact, other = model(part, policy=policy, cache=caches["compact"], compute="compact")
+        same_masks(other.keep, trace.keep)
+        same(compact, logits)
+
+
+# Masked against compact.
+
+def random_case(seed, device):
+    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    family, gate, kv_heads = rng.choice([llama, gemma]), GATES[seed % len(GATES)], rng.choice([1, 2])
+    sizes = dict(num_hidden_layers=rng.randint(1, 4), num_key_value_heads=kv_heads, head_dim=rng.choice([2, 4, 6]),
+                 num_attention_heads=kv_heads * rng.choice([1, 2]), hidden_size=rng.choice([16, 24]))
+    model = build(family(gate, **sizes), seed, device)
+    batch, length = rng.randint(1, 4), rng.randint(1, 11)
+    ids = torch.randint(VOCAB, (batch, length), generator=generator).to(device)
+    side = rng.choice(["none", "left", "right", "anywhere"])
+    valid = None
+    if side == "anywhere":
+        valid = torch.rand(batch, length, generator=generator) < 0.7
+    elif side != "none":
+        valid = padding([rng.randint(0, length) for _ in range(batch)], length, side)
+    if valid is not None and not valid.any():
+        valid[0, -1] = True
+    valid = None if valid is None else valid.to(device)
+    kind = rng.choice(["random"] if gate is None else ["batch", "frozen", "random", "topk"])
+    budget = rng.choice([1.0, 0.9, 0.7, 0.5, 0.2, 0.02])
+    skip, kv = rng.choice(GRANULARITIES), rng.choice(["copy_up", "dense"])
+    policy = SkipPolicy(kind, budget, skip, kv, generator=torch.Generator().manual_seed(seed))
+    if kind == "frozen" and budget < 1:
+        policy.thresholds = frozen(model, ids, valid, 1 - budget).thresholds
+    return model, ids, valid, policy
+
+
+def test_random_cases_cover_the_space():
+    """A generator of cases that never draws what breaks: every family, policy, granularity, kv and padding, and a row
+    of nothing but padding."""
+    models, _, valids, policies = zip(*(random_case(seed, "cpu") for seed in range(150)))
+    assert {m.config.gemma for m in models} == {True, False}
+    assert {repr(m.config.gate) for m in models} == {repr(g) for g in GATES}
+    assert {p.kind for p in policies} == {"batch", "frozen", "random", "topk"}
+    assert {p.skip for p in policies} == set(GRANULARITIES)
+    assert {p.kv for p in policies} == {"copy_up", "dense"}
+    assert {p.budget for p in policies} == {1.0, 0.9, 0.7, 0.5, 0.2, 0.02}
+    assert any(v is None for v in valids) and any(v is not None and not v.any(1).all() for v in valids)
 
 
 @on_devices
-@families
-@torch.no_grad()
-def test_one_gather_per_branch(family, device, monkeypatch):
-    """A second gather per branch, or one in masked mode: each stalls a GPU. Masked makes none; compact one per branch that
-    may skip, and one for the padding."""
-    model, ids, gathers, init = build(family(), device=device), tokens(3, 6, device=device), [], Rows.__init__
-    monkeypatch.setattr(Rows, "__init__", lambda self, keep: (gathers.append(1), init(self, keep))[1])
-    for valid in (None, padding([6, 2, 4], 6, device=device)):
-        for skip, branches in (("all", 8), ("attn", 4), ("alternate", 4), ("layer", 8)):
-            for kv in ("copy_up", "dense"):
-                for compute in ("masked", "compact"):
-                    gathers.clear()
-                    model(ids, valid=valid, policy=SkipPolicy("batch", 0.6, skip, kv), compute=compute)
-                    assert len(gathers) <= (branches + (valid is not None) if compute == "compact" else 0), (skip, kv, compute)
-
-
-@on_devices
-@families
-@pytest.mark.parametrize("kind", ["batch", "frozen", "random", "topk"])
-@torch.no_grad()
-def test_masked_never_waits_for_the_device(family, kind, device):
-    """An .item(), a nonzero or an index by mask in masked mode: training would stall a GPU at every branch. Prompts with
-    and without padding, and decoding after them."""
-    model, ids = build(family(), device=device), tokens(3, 6, device=device)
-    policy = frozen(model, ids) if kind == "frozen" else SkipPolicy(kind, 0.6)
-    for valid in (None, padding([6, 2, 4], 6, device=device)):
-        with Synchronisations() as host:
-            model(ids, valid=valid, policy=policy)
-        assert not host.seen
-        cache = new_cache(model, 3, 8)
-        model(ids, valid=valid, cache=cache, policy=policy)
-        with Synchronisations() as host:
-            model(ids[:, :1], cache=cache, policy=policy)
-        assert not host.seen
-
-
-@torch.no_grad()
-def test_masked_compiles_in_one_piece():
-    """A branch on the host or a shape that depends on the masks: torch.compile would cut masked mode into pieces, one or
-    more per branch (fullgraph refuses any cut)."""
-    model, ids, policy = build(llama(num_hidden_layers=2)), tokens(2, 6), SkipPolicy("batch", 0.6)
-    expected, trace = model(ids, policy=policy)
-    compiled, other = torch.compile(model, backend="eager", fullgraph=True)(ids, policy=policy)
+@pytest.mark.parametrize("seed", range(150))
+def test_compact_equals_masked(seed, device):
+    """Gathered rows put back in the wrong place, compacted positions, skipped tokens missing from later attention,
+    padding in the rectangle, a gradient that stops at the gather: on random models, batches, policies and gates."""
+    model, ids, valid, policy = random_case(seed, device)
+    logits, trace = model(ids, valid=valid, policy=policy, compute="masked")
+    recorded = given(trace.keep, policy) if policy.kind == "random" else policy
+    compact, other = model(ids, valid=valid, policy=recorded, compute="compact")
     same_masks(other.keep, trace.keep)
-    same(compiled, expected)
+    same(compact, logits)
+    for a, b in zip(other.scores or [], trace.scores or [], strict=True):
+        same(a, b)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device)
+    expected = gradients(model, logits, weights)
+    for name, gradient in gradients(model, compact, weights).items():
+        same(gradient, expected[name])
+    single = in_float32(model)
+    with torch.no_grad():
+        a, b = (single(ids, valid=valid, policy=given(trace.keep, policy), compute=c)[0] for c in ("compact", "masked"))
+    close_in_float32(a, b)
+
+
+@on_devices
+@pytest.mark.parametrize("seed", range(150, 210))
+@torch.no_grad()
+def test_compact_equals_masked_with_a_cache(seed, device):
+    """Copied-up rows, or rows that nobody computed, missing from the cache: prompt, a ragged second call and one more
+    token, the caches compared layer by layer after each."""
+    model, ids, valid, policy = random_case(seed, device)
+    generator, (batch, length) = torch.Generator().manual_seed(seed), ids.shape
+    more = lambda length: torch.randint(VOCAB, (batch, length), generator=generator).to(device)
+    chunks = [(ids, valid), (more(3), padding([seed % 3 + 1] * batch, 3, "right", device)), (more(1), None)]
+    caches = {compute: new_cache(model, batch, length + 7) for compute in ("masked", "compact")}
+    for tokens_, real in chunks:
+        logits, trace = model(tokens_, valid=real, cache=caches["masked"], policy=policy, compute="masked")
+        recorded = given(trace.keep, policy) if policy.kind == "random" else policy
+        compact, other = model(tokens_, valid=real, cache=caches["compact"], policy=recorded, compute="compact")
+        same_masks(other.keep, trace.keep)
+        same(compact, logits)
+        assert torch.equal(caches["masked"].lengths, caches["compact"].lengths)
+        for a, b in zip(caches["compact"].k + caches["compact"].v, caches["masked"].k + caches["masked"].v):
+            same(a, b)
 
 
 # Alone and in a batch.
+
+def greedy(model, ids, valid, steps, compute, policy=None):
+    """(B, steps) greedy ids from a cached loop, and the traces."""
+    cache, new, traces = new_cache(model, len(ids), ids.shape[1] + steps), [], []
+    with torch.no_grad():
+        for _ in range(steps):
+            logits, trace = model(ids, valid=valid, cache=cache, compute=compute, last=True, policy=policy)
+            ids, valid = logits.argmax(-1)[:, None], None
+            new.append(ids)
+            traces.append(trace)
+    return torch.cat(new, dim=1), traces
+
+
+@on_devices
+@torch.no_grad()
+def test_batch_does_not_promise_that(device):
+    """The paper's rule sold as reproducible: with a batch mate a token is ranked against it; alone it skips nothing
+    while decoding. (Were `batch` to become independent of batch mates, its description would be wrong.)"""
+    model, ids = build(llama(), device=device), tokens(2, 8, device=device)
+    policy = SkipPolicy("batch", 0.7)
+    _, alone = greedy(model, ids[:1], None, 4, "compact", policy)
+    _, together = greedy(model, ids, None, 4, "compact", policy)
+    assert all(m.all() for trace in alone[1:] for m in trace.keep)
+    assert all((~m).sum() == 1 for trace in together[1:] for m in trace.keep)
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(alone[0].keep, together[0].keep))
+
 
 @on_devices
 @both_ways
@@ -830,127 +659,95 @@ def test_frozen_gives_a_prompt_the_same_tokens_in_any_batch(family, compute, dev
         close_in_float32(together[i, 7 - n:], only[0])
 
 
-@on_devices
-@torch.no_grad()
-def test_batch_does_not_promise_that(device):
-    """The paper's rule sold as reproducible: with a batch mate a token is ranked against it; alone it skips nothing while
-    decoding. (Were `batch` to become independent of batch mates, its description would be wrong.)"""
-    model, ids = build(llama(), device=device), tokens(2, 8, device=device)
-    policy = SkipPolicy("batch", 0.7)
-    _, alone = greedy(model, ids[:1], None, 4, "compact", policy)
-    _, together = greedy(model, ids, None, 4, "compact", policy)
-    assert all(m.all() for trace in alone[1:] for m in trace.keep)
-    assert all((~m).sum() == 1 for trace in together[1:] for m in trace.keep)
-    assert any(not torch.equal(a[0], b[0]) for a, b in zip(alone[0].keep, together[0].keep))
+# Against Hugging Face.
+
+@pytest.fixture(scope="module", params=GOLDENS)
+def golden(request):
+    return request.param, load_model(GOLDEN / request.param), load_file(GOLDEN / request.param / "golden.safetensors")
+
+
+def test_goldens_are_there():
+    """A clone without the goldens would pass every golden test by having none."""
+    assert GOLDENS == ["gemma2", "llama_rope3", "llama_untied"]
 
 
 @on_devices
-@torch.no_grad()
-def test_one_token_repeated_alone_and_in_batches(device):
-    """Equal tokens tie at attention 0; a tau on the tie flips with the last bit, which differs between batch sizes in
-    float32. Calibrated thresholds lie beside ties: 50 equal tokens alone and in batches of 2, 3 and 33 get equal masks."""
-    model = build(llama(num_hidden_layers=3), dtype=torch.float32, device=device)
-    table = calibrate(model, [[token] * 50 for token in (5, 9, 17, 33, 41)], [0.9, 0.7, 0.5])["thresholds"]
-    skipped = 0
-    for token in (5, 9, 17, 33, 41):
-        for budget in (0.9, 0.8, 0.7, 0.5):
-            policy = SkipPolicy("frozen", budget, thresholds=thresholds_at(table, budget))
-            for compute in ("masked", "compact"):
-                alone = model(torch.full((1, 50), token, device=device), policy=policy, compute=compute)[1].keep
-                for batch in (2, 3, 33):
-                    keep = model(torch.full((batch, 50), token, device=device), policy=policy, compute=compute)[1].keep
-                    same_masks(keep, [m.expand(batch, 50) for m in alone])
-            assert all(m.all() or not m.any() for m in alone)
-            skipped += sum((~m).any().item() for m in alone)
-    assert skipped >= 10                                         # of 5 x 4 x 6 (token, budget, branch)
-
-
-# The gate's settings.
-
-def test_gate_detach():
-    """gate_detach that detaches nothing, or everything: gates only reach the backbone where it is off, and always learn."""
-    for detach in (False, True):
-        model = build(llama(GateConfig(detach=detach)))
-        _, trace = model(tokens(2, 5), keep_gates=True)
-        sparsity_loss(trace.gates).backward()
-        reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        gates = {name for name, _ in model.named_parameters() if "_gate." in name}
-        assert gates <= reached
-        assert (reached == gates) is detach, reached - gates
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_gate_parameters_and_trace(shared):
-    """Shared gates that are one per layer all the same, or a trace that misses a branch: names as on disk, 2L entries."""
-    model = build(llama(GateConfig(shared=shared)))
-    names = {name.rpartition("_gate.")[0] for name, _ in model.named_parameters() if "_gate." in name}
-    layers = ["model."] if shared else [f"model.layers.{i}." for i in range(4)]
-    assert names == {layer + kind for layer in layers for kind in ("self_attn", "mlp")}
-    _, trace = model.train()(tokens(2, 5))
-    assert len(trace.gates) == len(trace.scores) == len(trace.keep) == 8
-    for g, s in zip(trace.gates, trace.scores):
-        assert g.shape == (2, 5, 24) and s.shape == (2, 5)
-        same(s, g.mean(-1))
-    assert model.eval()(tokens(2, 5))[1].gates is None and model(tokens(2, 5), keep_gates=True)[1].gates is not None
-    plain = build(llama(None)).train()(tokens(2, 5))[1]
-    assert plain.gates is None and plain.scores is None and all(m.all() for m in plain.keep)
-
-
-def test_no_gradient_through_a_decision():
-    """A score that keeps the graph alive through the threshold, or gates that get no gradient from the cross-entropy."""
-    model, ids = build(llama()), tokens(2, 6)
-    policy = SkipPolicy("batch", 0.7)
-    logits, trace = model(ids, policy=policy)
-    assert not any(m.requires_grad for m in trace.keep)
-    (logits ** 2).sum().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    (model(ids, policy=given(trace.keep))[0] ** 2).sum().backward()
-    for name, p in model.named_parameters():
-        assert p.grad.any() and torch.equal(p.grad, expected[name])
-
-
 @both_ways
-@families
-@torch.no_grad()
-def test_whole_layers_follow_their_attention(family, compute):
-    """skip="layer" that asks the MLP's gate as well: its mask is the attention's, though its own gate would choose others."""
-    model, ids = build(family()), tokens(3, 8)
-    for policy in (SkipPolicy("batch", 0.6, "layer"), frozen(model, ids, skip="layer"),
-                   SkipPolicy("random", 0.6, "layer", generator=torch.Generator().manual_seed(0))):
-        trace = model(ids, policy=policy, compute=compute)[1]
-        mixed(trace.keep, trace.valid)
-        for layer in range(4):
-            assert torch.equal(trace.keep[2 * layer], trace.keep[2 * layer + 1])
-            assert not torch.equal(trace.keep[2 * layer + 1], select_tokens(trace.scores[2 * layer + 1], 0.6))
+def test_golden_logits(golden, compute, device):
+    """Anything in the decoder that is not what Hugging Face computes: rope and its scaling, norms, activation,
+    softcaps, windows, head_dim, an untied head; on a plain batch, 300 tokens, and the real tokens of a left-padded
+    batch."""
+    _, model, g = golden
+    model, g = copy.deepcopy(model).to(device), {key: value.to(device) for key, value in g.items()}
+    with torch.no_grad():
+        assert (model(g["input_ids"], compute=compute)[0] - g["logits"]).abs().max() < 1e-3
+        assert (model(g["long_input_ids"], compute=compute)[0][:, -16:] - g["long_logits_last16"]).abs().max() < 1e-3
+        real = g["batch_attention_mask"].bool()
+        logits = model(g["batch_input_ids"], valid=real, compute=compute)[0]
+        assert (logits - g["batch_logits"])[real].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("skip", GRANULARITIES)
-@families
-@torch.no_grad()
-def test_granularity_in_the_model(family, skip):
-    """A granularity that the model does not obey: which branches skip anything at all. And layers that skip nothing beside
-    layers that do: a mask made for all rows used for the gathered ones."""
-    model, ids, policy = build(family(windows=[None] * 4)), tokens(3, 12), SkipPolicy("batch", 0.6, skip)
-    caches = {compute: new_cache(model, 3, 12) for compute in ("masked", "compact")}
-    for part in (ids[:, :8], ids[:, 8:]):
-        logits, trace = model(part, policy=policy, cache=caches["masked"])
-        skips = [bool((~m).any()) for m in trace.keep]
-        assert skips == {"all": [True] * 8, "layer": [True] * 8, "attn": [True, False] * 4, "mlp": [False, True] * 4,
-                         "alternate": [False, False, True, True] * 2}[skip]
-        compact, other = model(part, policy=policy, cache=caches["compact"], compute="compact")
-        same_masks(other.keep, trace.keep)
-        same(compact, logits)
+def test_golden_hidden_states(golden):
+    """Two mistakes that cancel in the logits, or an embedding scale in the wrong place: every layer's output."""
+    _, model, g = golden
+    states, hooks = [], []
+    for layer in model.model["layers"]:
+        hooks.append(layer.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0])))
+    hooks.append(model.model["norm"].register_forward_pre_hook(lambda _, arguments: states.append(arguments[0])))
+    with torch.no_grad():
+        model(g["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    for i, h in enumerate(states):
+        assert (h - g[f"hidden.{i}"]).abs().max() < 1e-3, f"enters layer {i}"
+    assert f"hidden.{len(states)}" not in g and len(states) == model.config.num_hidden_layers + 1
+
+
+@on_devices
+@both_ways
+def test_golden_greedy_ids(golden, compute, device):
+    """A cache that drifts: wrong slots or positions while decoding, after a plain and after a left-padded prompt."""
+    _, model, g = golden
+    model, g = copy.deepcopy(model).to(device), {key: value.to(device) for key, value in g.items()}
+    assert torch.equal(greedy(model, g["greedy_prompt_ids"], None, 32, compute)[0], g["greedy_new_ids"])
+    new = greedy(model, g["batch_input_ids"], g["batch_attention_mask"].bool(), 32, compute)[0]
+    assert torch.equal(new, g["batch_greedy_new_ids"])
+
+
+def test_both_styles_of_config_load_alike(golden, tmp_path):
+    """rope_parameters read, rope_theta + rope_scaling not (or another family's defaults): other logits, no error."""
+    name, model, g = golden
+    for file in (GOLDEN / name).iterdir():
+        if file.name not in ("config.json", "golden.safetensors"):
+            shutil.copy(file, tmp_path / ("config.json" if file.name == "config.hub.json" else file.name))
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(g["long_input_ids"])[0], model(g["long_input_ids"])[0])
 
 
 # Training.
+
+def test_checkpointing_stores_less():
+    """checkpoint_blocks that is accepted and ignored: blocks run twice with a backward pass, and once without."""
+    model, runs = build(llama()), 0
+
+    def count(*_):
+        nonlocal runs
+        runs += 1
+
+    model.model["layers"][2].mlp.register_forward_hook(count)
+    model(tokens(1, 4), checkpoint_blocks=True)[0].sum().backward()
+    assert runs == 2
+    with torch.no_grad():
+        model(tokens(1, 4), checkpoint_blocks=True)
+    assert runs == 3
+
 
 @on_devices
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["batch", "random"])
 @families
 def test_activation_checkpointing_changes_nothing(family, kind, padded, device):
-    """Masks drawn or ranked anew in the recomputation: with `random` the backward pass would be that of another network."""
+    """Masks drawn or ranked anew in the recomputation: with `random` the backward pass would be another network's."""
     model, ids = build(family(), device=device).train(), tokens(3, 8, device=device)
     valid = padding([8, 3, 6], 8, device=device) if padded else None
     results = []
@@ -962,7 +759,8 @@ def test_activation_checkpointing_changes_nothing(family, kind, padded, device):
             loss = (logits ** 2).mean() + sparsity_loss(trace.gates, valid)
             model.zero_grad()
             loss.backward()
-            results.append((trace.keep, loss.detach(), [p.grad.clone() for p in model.parameters()], generator.get_state()))
+            grads = [p.grad.clone() for p in model.parameters()]
+            results.append((trace.keep, loss.detach(), grads, generator.get_state()))
     mixed(results[0][0], trace.valid)
     for keep, loss, grads, state in results[1:]:
         same_masks(keep, results[0][0])
@@ -972,37 +770,51 @@ def test_activation_checkpointing_changes_nothing(family, kind, padded, device):
         assert torch.equal(state, results[0][3])
 
 
-def test_checkpointing_stores_less():
-    """checkpoint_blocks that is accepted and ignored: blocks must run twice when there is a backward pass, and once without."""
-    model, calls = build(llama()), []
-    model.model["layers"][2].mlp.register_forward_hook(lambda *_: calls.append(1))
-    model(tokens(1, 4), checkpoint_blocks=True)[0].sum().backward()
-    assert len(calls) == 2
-    with torch.no_grad():
-        model(tokens(1, 4), checkpoint_blocks=True)
-    assert len(calls) == 3
+@both_ways
+@pytest.mark.parametrize("kind", ["batch", "random"])
+@families
+def test_whole_layers_are_asked_once_under_checkpointing(family, kind, compute, monkeypatch):
+    """skip="layer" drawn anew in the recomputation, or an MLP that there follows another mask than its attention's:
+    each layer is asked once, in the forward pass, and the gradients are those without checkpointing."""
+    model, ids, valid = build(family()).train(), tokens(3, 8), padding([8, 3, 6], 8)
+    asked, keep, results = [], SkipPolicy.keep, []
+    monkeypatch.setattr(SkipPolicy, "keep", lambda self, branch, *a: asked.append(branch) or keep(self, branch, *a))
+    for checkpointed in (False, True):
+        policy = SkipPolicy(kind, 0.6, "layer", generator=torch.Generator().manual_seed(4))
+        logits, trace = model(ids, valid=valid, policy=policy, compute=compute, checkpoint_blocks=checkpointed)
+        results.append((trace.keep, gradients(model, logits, valid[..., None]), policy.generator.get_state()))
+        assert asked == [0, 2, 4, 6]
+        asked.clear()
+    (plain, expected, state), (masks, grads, state_after) = results
+    mixed(plain, valid)
+    same_masks(plain[0::2], plain[1::2])
+    same_masks(masks, plain)
+    for name, gradient in grads.items():
+        same(gradient, expected[name], 1e-12)
+    assert torch.equal(state, state_after)
 
 
-# Logits.
+# Devices, dtypes, torch.compile.
 
 @on_devices
-@both_ways
 @families
+@pytest.mark.parametrize("kind", ["batch", "frozen", "random", "topk"])
 @torch.no_grad()
-def test_logits_where_asked(family, compute, device):
-    """The last row that is not the last column, or flat places counted by column: "last" and places are rows of "all"."""
-    model, ids, valid = build(family(), device=device), tokens(3, 6, device=device), padding([6, 2, 4], 6, device=device)
-    policy = frozen(model, ids, valid)
-    everything, trace = model(ids, valid=valid, policy=policy, compute=compute)
-    last, last_trace = model(ids, valid=valid, policy=policy, compute=compute, logits="last")
-    places = torch.tensor([5, 0, 17, 10], device=device)
-    some, some_trace = model(ids, valid=valid, policy=policy, compute=compute, logits=places)
-    same(last, everything[:, -1], 1e-12)
-    same(some, everything.flatten(0, 1)[places], 1e-12)
-    assert (trace.logit_rows, last_trace.logit_rows, some_trace.logit_rows) == (18, 3, 4)
+def test_masked_never_waits_for_the_device(family, kind, device):
+    """An .item(), a nonzero or an index by mask in masked mode: training would stall a GPU at every branch. Prompts
+    with and without padding, and decoding after them."""
+    model, ids = build(family(), device=device), tokens(3, 6, device=device)
+    policy = frozen(model, ids) if kind == "frozen" else SkipPolicy(kind, 0.6)
+    for valid in (None, padding([6, 2, 4], 6, device=device)):
+        with Synchronisations() as host:
+            model(ids, valid=valid, policy=policy)
+        assert not host.seen
+        cache = new_cache(model, 3, 8)
+        model(ids, valid=valid, cache=cache, policy=policy)
+        with Synchronisations() as host:
+            model(ids[:, :1], cache=cache, policy=policy)
+        assert not host.seen
 
-
-# Dtypes and tying.
 
 @on_devices
 @both_ways
@@ -1022,34 +834,12 @@ def test_bfloat16_backbone_keeps_its_gates_in_float32(compute, device):
         mixed(trace.keep, trace.valid)
 
 
-def test_tied_head_is_shared():
-    """A copied head: it drifts from the embedding in training, and costs its memory twice."""
-    for tied in (True, False):
-        model = Model(llama(tie_word_embeddings=tied))
-        assert (model.lm_head.weight.data_ptr() == model.model["embed_tokens"].weight.data_ptr()) is tied
-        assert ("lm_head.weight" in dict(model.named_parameters())) is not tied
-    for name in GOLDENS:
-        model = load_model(GOLDEN / name)
-        tied = name != "llama_untied"
-        assert model.config.tie_word_embeddings is tied
-        assert (model.lm_head.weight.data_ptr() == model.model["embed_tokens"].weight.data_ptr()) is tied
-
-
-def test_fresh_model_starts_small():
-    """A from-scratch initialisation that misses a parameter (torch.empty left in), or norms that start at 0."""
-    for family in (llama, gemma):
-        with torch.device("meta"):
-            model = Model(family(hidden_size=64, intermediate_size=96))
-        model = model.to_empty(device="cpu")
-        for p in model.parameters():
-            p.data.fill_(math.nan)
-        model.init_weights(torch.Generator().manual_seed(0))
-        for name, p in model.named_parameters():
-            assert torch.isfinite(p).all(), name
-            if "norm" in name:
-                assert (p == (0 if family is gemma else 1)).all()
-            elif "_gate." not in name:
-                scale = 0.02 / 8 ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                assert p.std().item() == pytest.approx(scale, rel=0.1), name
-        logits, trace = model(tokens(2, 8))
-        assert logits.std() < 1 and min(s.min() for s in trace.scores) > 0.9
+@torch.no_grad()
+def test_masked_compiles_in_one_piece():
+    """A branch on the host or a shape that depends on the masks: torch.compile would cut masked mode into pieces, one
+    or more per branch (fullgraph refuses any cut)."""
+    model, ids, policy = build(llama(num_hidden_layers=2)), tokens(2, 6), SkipPolicy("batch", 0.6)
+    expected, trace = model(ids, policy=policy)
+    compiled, other = torch.compile(model, backend="eager", fullgraph=True)(ids, policy=policy)
+    same_masks(other.keep, trace.keep)
+    same(compiled, expected)

@@ -1,6 +1,7 @@
 """The README does what it says: its worked example is run as a doctest, its commands are run at toy size."""
 import doctest
 import importlib.metadata
+import json
 import re
 import shlex
 import shutil
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import bench
+import by_hand
 import data
 import eval_gsm8k
 import generate
 import train
 from load_weights import config_from_hf, load_tokenizer, new_model, read_json, save_model
+from problems import arithmetic
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,11 +45,11 @@ def checkout(tmp_path, monkeypatch):
     folder = tmp_path / "examples" / "tiny-llama"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "examples" / "tiny-llama" / "tokenizer.json", folder)
-    (folder / "config.json").write_text(__import__("json").dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
+    (folder / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
     save_model(new_model(folder / "config.json"), folder, load_tokenizer(folder))
     import pyarrow
     from pyarrow import parquet
-    rows = [{"question": e.question, "answer": f"{e.reasoning}\n#### {e.answer}"} for e in data.arithmetic(40)]
+    rows = [{"question": e.question, "answer": f"{e.reasoning}\n#### {e.answer}"} for e in arithmetic(40)]
     for name in ("train", "test"):
         path = tmp_path / "data" / "gsm8k" / "main" / f"{name}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def test_commands(checkout, monkeypatch):
     """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
     import layer_diff
     mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main, "bench.py": bench.main,
-             "data.py": lambda argv: monkeypatch.setattr("sys.argv", ["data.py", *argv]) or data.main(),
+             "data.py": data.main, "by_hand.py": lambda argv: by_hand.main(),
              "tests/layer_diff.py": layer_diff.main}
     ran = []
     for line in readme_commands():

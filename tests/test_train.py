@@ -19,19 +19,22 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import data
 import load_weights
+import savings
 import train
 from conftest import DEVICES, build, gemma, llama, tokens
-from gates import GRANULARITIES, GateConfig, InputError, SkipPolicy, budget_at, sparsity_loss
-from generate import make_policy
+from console import InputError
+from gates import GRANULARITIES, GateConfig, SkipPolicy, budget_at, skippable_share, sparsity_loss
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
 from model import MLP, Model
+from thresholds import make_policy
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 FLAGS = dict(data="arithmetic", steps=6, batch_size=2, seq_len=160, lr=1e-3, warmup=2, save_every=2, eval_limit=4, device="cpu")
-plot_metrics = train.plot_metrics
+plot_metrics = checkpoint.plot_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -191,7 +194,7 @@ def dying(monkeypatch, instant):
         for file in list(Path(path).glob("model.safetensors")):
             file.unlink()
 
-    wrap(train, "save_model", half_a_model)
+    wrap(checkpoint, "save_model", half_a_model)
     wrap(load_weights, "save_config")
     wrap(torch, "save", lambda obj, path: path.write_bytes(b"PK"))
     wrap(os, "replace")
@@ -213,7 +216,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(folder, tmp_path, m
     base, left = tmp_path / "base", set()
     base.mkdir()
     set_to(2)
-    train.save_checkpoint(base, 2, model, tokenizer, optimizer, {})
+    checkpoint.save_checkpoint(base, 2, model, tokenizer, optimizer, {})
     (base / "metrics.jsonl").write_text("{}\n" * 4)
     for instant in count():
         out = tmp_path / str(instant)
@@ -222,18 +225,18 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(folder, tmp_path, m
         with monkeypatch.context() as m:
             dying(m, instant)
             try:
-                train.save_checkpoint(out, 4, model, tokenizer, optimizer, {})
+                checkpoint.save_checkpoint(out, 4, model, tokenizer, optimizer, {})
                 break                                            # it never came to this instant
             except Killed:
                 pass
-        found = train.open_run(SimpleNamespace(out=out, resume=True), {})
+        found = checkpoint.open_run(SimpleNamespace(out=out, resume=True), {})
         kept = load_model(out).lm_head.weight
         assert (kept == found["step"]).all() and (found["optimizer"]["state"][0]["exp_avg"] == found["step"]).all()
         assert len((out / "metrics.jsonl").read_text().splitlines()) == found["step"]
         assert not list(out.glob(".*"))
         left.add(found["step"])
         set_to(6)
-        train.save_checkpoint(out, 6, model, tokenizer, optimizer, {})
+        checkpoint.save_checkpoint(out, 6, model, tokenizer, optimizer, {})
         assert {p.name for p in out.iterdir()} == {"step-000006", "latest", "metrics.jsonl"}
     assert left == {2, 4} and instant > 10
 
@@ -440,7 +443,7 @@ def test_accumulation_is_one_batch(folder, tmp_path):
     for key, p in whole["weights"].items():
         assert (p - halves["weights"][key]).abs().max() < 2e-5, key
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "halves"), strict=True):
-        assert a["ce"] == pytest.approx(b["ce"], abs=1e-5) and a["skipped"] == a["sparsity"] == 0 and a["gate_mean"] == 1
+        assert a["ce"] == pytest.approx(b["ce"], abs=1e-5) and a["skipped"] == a["sparsity"] == 0 and "gate_mean" not in a
 
 
 def test_places_are_those_before_the_answers_tokens():
@@ -496,7 +499,7 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
     else:
         assert model.config.gate == GateConfig(form=VARIANTS[name].get("gate", "vector"), **wanted)
         assert model.config.gateskip["skip"] == VARIANTS[name].get("skip", "all") and model.config.gateskip["kv"] == kv
-    share = SkipPolicy(skip=VARIANTS[name].get("skip", "all")).skippable_share(2) * (name != "none")
+    share = skippable_share(VARIANTS[name].get("skip", "all"), 2) * (name != "none")
     assert 0.29 * share <= masked[-1]["skipped"] < 0.45 * share or share == 0
 
 
@@ -566,7 +569,7 @@ def test_compile_without_a_compiler_is_told_in_one_line(folder, tmp_path, monkey
 
 @pytest.mark.parametrize("flags, complaint", [
     (dict(budget_end="nan"), "budget nan"), (dict(budget_end=0), "budget 0.0"), (dict(budget_start=1.5), "budget 1.5"),
-    (dict(budget_start=0.7), "budget-end 0.8 is above"), (dict(steps=0), "--steps 0"), (dict(grad_accum=0), "--grad-accum 0"),
+    (dict(budget_start=0.7), "budget-end 0.8 is above"), (dict(steps=0), "--steps: '0' must be"), (dict(grad_accum=0), "--grad-accum: '0' must be"),
     (dict(lr="nan"), "--lr"), (dict(sparsity_weight="inf"), "--sparsity-weight"), (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
     (dict(seq_len=9), "no example fits into --seq-len 9"), (dict(init_config="config.json"), "give one of them"),
     (dict(gate="scalar", gate_arch="lowrank"), "low-rank gate with a scalar"), (dict(eval_data="gone.jsonl"), "gone.jsonl"),
@@ -707,7 +710,7 @@ def test_the_sets_are_disjoint(folder, tmp_path, monkeypatch, capsys, source):
     if source == "file and eval file":
         args.eval_data = file("eval.jsonl", data.arithmetic(20, "test") + problems[40:43])
         args.eval_limit = 23
-    sets = train.load_sets(args, tokenizer, 1)
+    sets = data.load_sets(args, tokenizer, 1, 8)
     text = {name: {tuple(ids) for ids, _ in items} for name, items in sets.items()}
     assert list(text) == ["train", "calibration", "check", "eval"] and all(text.values())
     assert min(len(sets["calibration"]), len(sets["check"])) >= 7
@@ -802,8 +805,8 @@ def activations(config, frozen=False, checkpointing=False, length=192):
 
     with live, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         policy = SkipPolicy("batch" if config.gate else "none", 0.8)
-        logits, trace = model(ids, policy=policy, logits=torch.arange(4), checkpoint_blocks=checkpointing)
-    return sum(saved.values()), live.now, train.memory_on_paper(config, length, 4, frozen, checkpointing)["activations"]
+        logits, trace = model(ids, policy=policy, places=torch.arange(4), checkpoint_blocks=checkpointing)
+    return sum(saved.values()), live.now, savings.memory_on_paper(config, length, 4, frozen, checkpointing)["activations"]
 
 
 @pytest.mark.parametrize("family", [llama, gemma])

@@ -1,0 +1,188 @@
+"""The paper's Algorithms 1, 2 and 3 for ONE sequence, in plain loops over branches and tokens. Read this file first.
+
+It reads the weights of a real Model and runs nothing of it: slow, obvious, what the tests hold the fast path to.
+"line 5" at the end of a line is that line of the Algorithm in the docstring; "A2 line 3" is one of Algorithm 2.
+
+Shapes: S tokens of this pass, H hidden, D head dim, V vocabulary. A token is a vector (H,); h, x and g are lists of S.
+"""
+import math
+
+import torch
+
+
+def quantile_threshold(v, q):                                    # line 1
+    """Algorithm 3: the q-quantile of the scores v (floats), on the straight line between two neighbours."""
+    if len(v) <= 1 or min(v) == max(v):                          # line 2
+        return v[0]
+    s = sorted(v)                                                # line 3
+    pos = q * (len(s) - 1)                                       # line 4: n = len(s), pos, i, alpha
+    pos = round(pos) if abs(pos - round(pos)) < 1e-9 else pos    # (1 - 0.8) * 10 is 2, not 1.9999999999999996
+    i, alpha = int(pos), pos - int(pos)
+    tau = s[i] + alpha * (s[i + 1] - s[i]) if alpha else s[i]    # line 5; at i = n - 1 there is no s[i + 1]
+    return tau                                                   # line 6; line 7: end
+
+
+def threshold(g_bar, budget):
+    """tau of one branch (eq. 6). As printed, somebody is always skipped, and a lone token always: we deviate twice."""
+    if budget >= 1:
+        return -math.inf                                         # budget 1 keeps all
+    tau, largest = quantile_threshold(g_bar, 1 - budget), max(g_bar)
+    if tau >= largest:                                           # one token, all equal, a tie at the top: nobody would
+        tau = max((s for s in g_bar if s < largest), default=-math.inf)          # be kept, so those at the top are
+    return tau
+
+
+def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", earlier=None):
+    """Algorithm 1, lines 4-16, on the tokens of one pass. A2: the same in Algorithm 2, where A is these tokens.
+
+    thresholds: a fixed tau per branch, no quantile. earlier: KV of the tokens before; it grows. Returns logits (S, V),
+    g[branch][token] (H,) or (1,), keep[branch][token] bool, KV[layer][position] = keys and values, a (D,) per head.
+    """
+    c, layers, all_g, keep = model.config, model.model["layers"], [], []
+    KV, scale = earlier or [[] for _ in layers], c.hidden_size ** 0.5 if c.gemma else 1.0
+    h = [scale * model.model["embed_tokens"].weight[token] for token in ids]     # line 2, A2 line 1: h_0 = Embed(x)
+    for branch in range(2 * len(layers)):                                        # line 4, A2 line 2
+        layer, is_mlp = divmod(branch, 2)                                        # attn 0, mlp 0, attn 1, mlp 1, ...
+        block, gate = layers[layer], model.gates_of(layers[layer])[is_mlp]
+        norm_in, norm_out = block.input_layernorm, block.post_attention_layernorm
+        if is_mlp and c.gemma:                                                   # only Gemma uses norm_out
+            norm_in, norm_out = block.pre_feedforward_layernorm, block.post_feedforward_layernorm
+        elif is_mlp:
+            norm_in = block.post_attention_layernorm
+        x = [norm(h_i, norm_in, c) for h_i in h]                                 # S of (H,): what the module reads
+        g = [gate_of(gate, x_i, h_i) for x_i, h_i in zip(x, h)]                  # line 6, A2 line 4: S of (H,) or (1,)
+        ablated = gate is not None and gate.config.placement == "before"         # then the gate multiplies the input
+        x = [g_i * x_i for g_i, x_i in zip(g, x)] if ablated else x
+        if skip != "layer" or not is_mlp:                                        # a whole layer goes by its attention
+            g_bar = [g_i.detach().mean().item() for g_i in g]                    # line 7, A2 line 5: S floats
+            tau = thresholds[branch] if thresholds else threshold(g_bar, budget)                 # line 8, A2 line 6
+        if {"attn": is_mlp, "mlp": not is_mlp, "alternate": layer % 2 == 0}.get(skip):
+            tau = -math.inf                                                      # nobody may skip this branch
+        for i in range(len(ids)):                                                # line 9, A2 line 7: for i in A
+            skipped = g_bar[i] <= tau
+            if not is_mlp and skipped and layer > 0 and kv == "copy_up":         # section 3.3: K and V are copied up
+                KV[layer].append(KV[layer - 1][len(KV[layer])])                  # from below; layer 0 has nothing there
+            elif not is_mlp:                                                     # kv="dense": always, as printed
+                k, v = heads(block.self_attn.k_proj, x[i], c), heads(block.self_attn.v_proj, x[i], c)
+                KV[layer].append(([rotate(k_head, len(KV[layer]), c) for k_head in k], v))
+            if skipped:                                                          # line 10, A2 line 8
+                pass                                                             # line 11, A2 line 9: h_i unchanged
+            else:                                                                # line 12, A2 line 10
+                o = (mlp_of(block.mlp, x[i], c) if is_mlp else                   # line 5, A2 line 3: (H,); not above as
+                     attention_of(block.self_attn, x[i], KV[layer], layer, c))   # printed: only those who pass need it
+                o = norm(o, norm_out, c) if c.gemma else o
+                h[i] = h[i] + (o if ablated else g[i] * o)                       # line 13, A2 line 11: eq. 2
+        all_g, keep = all_g + [g], keep + [[score > tau for score in g_bar]]     # line 14, line 15, line 16: ends
+    h = [norm(h_i, model.model["norm"], c) for h_i in h]                         # A2 line 12, A2 line 13, A2 line 15
+    return torch.stack([cap(model.lm_head.weight @ h_i, c.final_softcap) for h_i in h]), all_g, keep, KV
+
+
+def training_step(model, ids, answer_from, step, total, lam=0.1, kind="l2", b_1=1.0, b_2=0.8, **how):
+    """Algorithm 1: the loss of one step (from 0) on one sequence; ids[answer_from:] is the answer. how: of forward."""
+    t, T = step + 1, total                                                       # line 1: for t = 1 .. T
+    b_t = b_1 - (b_1 - b_2) * (t - 1) / (T - 1) if t < T else b_2                # line 3
+    logits, all_g, _, _ = forward(model, ids, b_t, **how)                        # line 2: (x, y) is ids
+    answer = range(answer_from, len(ids))                                        # token s is predicted at s - 1
+    L_CE = -sum(logits[s - 1].log_softmax(0)[ids[s]] for s in answer) / len(answer)              # line 17: eq. 3
+    power = {"l1": 1, "l2": 2}[kind]             # line 18 prints |g|, eq. 4 a 2-norm; the default is the authors' g^2
+    L_S = sum((g_i ** power).mean() for g in all_g for g_i in g) / (len(all_g) * len(ids))       # line 18: eq. 4
+    return L_CE + lam * L_S                      # eq. 5; line 19: update by backward() and AdamW; line 20: end for t
+
+
+@torch.no_grad()
+def generate(model, prompt, steps, eos=(), b_hat=1.0, **how):
+    """Algorithm 2, greedy, one pass a token. Fixed thresholds decide as a pass over the whole text would: causally."""
+    A, KV, new = list(prompt), None, []                                          # A2 line 1: A, what is not finished
+    while A and len(new) < steps:
+        logits, _, _, KV = forward(model, A, b_hat, earlier=KV, **how)
+        new.append(logits[-1].argmax().item())                                   # A2 line 16
+        A = [] if new[-1] in eos else new[-1:]                                   # A2 line 14: once a pass, not once a
+    return new                                                                   # layer, as printed
+
+
+# The parts of a Llama, or of a Gemma 2 (c.gemma), for one token. c: model.config
+norm = lambda x, m, c: x / (x.pow(2).mean() + c.rms_norm_eps) ** 0.5 * (m.weight + (1 if c.gemma else 0))        # (H,)
+heads = lambda projection, x, c: (projection.weight @ x).split(c.head_dim)       # a (D,) per head
+cap = lambda z, limit: z if limit is None else limit * torch.tanh(z / limit)     # Gemma's softcap
+
+
+def gate_of(gate, x, h):
+    """g = sigmoid(W_G x + b_G), (H,) or (1,). Without gates it is 1: h' = h + o, eq. 1."""
+    if gate is None:
+        return torch.ones_like(x[:1])
+    z = h if gate.config.input == "residual" else x
+    z = z.detach() if gate.config.detach else z
+    if gate.inner is not None:
+        z = gate.inner.weight @ z                                                # (2H,) or (rank,)
+    if gate.config.arch == "mlp":
+        z = (z + gate.inner.bias).clamp(min=0)
+    return torch.sigmoid(gate.out.weight @ z + gate.out.bias)
+
+
+def rotate(x, position, c):
+    """Channels d and d + D/2 of a head (D,) turn by position * theta^(-2d/D); angles in float32, as Hugging Face's."""
+    freq = c.rope_theta ** -(torch.arange(0, len(x), 2, dtype=torch.float32) / len(x))           # (D/2,)
+    if c.rope_scaling is not None:                                               # llama3: slow turns are slowed down
+        s = c.rope_scaling
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        own = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freq = freq * (own + (1 - own) / s["factor"])
+    (a, b), cos, sin = x.chunk(2), (position * freq).cos().to(x.dtype), (position * freq).sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin])
+
+
+def attention_of(module, x, KV, layer, c):
+    """o (H,) of the newest token, over the keys and values of all so far: itself and skipped ones among them."""
+    scale, window, outs = c.attn_scale or c.head_dim ** -0.5, c.windows[layer] if c.windows else None, []
+    seen = KV if window is None else KV[-window:]                                # (keys, values) of each position
+    for n, q in enumerate(heads(module.q_proj, x, c)):
+        q, m = rotate(q, len(KV) - 1, c), n * c.num_key_value_heads // c.num_attention_heads     # m: its key-value head
+        weights = torch.stack([cap(scale * (q @ k[m]), c.attn_softcap) for k, _ in seen]).softmax(0)
+        outs.append(sum(w * v[m] for w, (_, v) in zip(weights, seen)))           # (D,)
+    return module.o_proj.weight @ torch.cat(outs)
+
+
+def mlp_of(module, x, c):                                                        # SwiGLU, or Gemma's GeGLU (tanh)
+    a = module.gate_proj.weight @ x                                              # (I,): no gate of GateSkip's
+    gelu = 0.5 * a * (1 + torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a ** 3)))
+    return module.down_proj.weight @ ((gelu if c.gemma else a * torch.sigmoid(a)) * (module.up_proj.weight @ x))
+
+
+def main():
+    from pathlib import Path
+    from data import encode_prompt
+    from gates import GateConfig, SkipPolicy
+    from generate import generate as fast
+    from load_weights import load_model, load_tokenizer
+    from model import Model, ModelConfig
+    from problems import arithmetic
+
+    v, b = [0.61, 0.70, 0.64, 0.75], 0.5
+    s, pos, tau = sorted(v), (1 - b) * (len(v) - 1), quantile_threshold(v, 1 - b)
+    print(f"Four tokens, budget {b}: g_bar = {v}, sorted s = {s}")
+    print(f"pos = (1 - {b}) * (4 - 1) = {pos}: i = 1, alpha = 0.5. tau = {s[1]} + 0.5 * ({s[2]} - {s[1]}) = {tau:.2f}")
+    for i in range(len(v)):
+        print(f"token {i}: {v[i]:.2f} {f'<= {tau:.2f}, skipped' if v[i] <= tau else f' > {tau:.2f}, kept'}")
+
+    folder = Path(__file__).parent / "examples" / "tiny-llama"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prompt = encode_prompt(tokenizer, min((e.question for e in arithmetic(50, "test")), key=len))
+    new = generate(model, prompt, 64, model.config.eos_ids)
+    equal = new == fast(model, [prompt], 64, eos_ids=model.config.eos_ids).tokens[0]
+    print(f"\nThe embedded model in these loops, every token in every layer:\n{tokenizer.decode(prompt + new)}\n"
+          f"The fast path generates {'the same' if equal else 'OTHER'} {len(new)} tokens.")
+
+    model, ids = Model(ModelConfig(60, 24, 48, 4, 4, 2, 6, gate=GateConfig())).double(), list(range(12))
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, _, keep, _ = forward(model, ids, b)
+        others, trace = model(torch.tensor([ids]), policy=SkipPolicy("batch", b), compute="compact")
+    equal, ran = keep == [k[0].tolist() for k in trace.keep], sum(map(sum, keep))
+    print(f"\nA random gated model, budget {b}: {ran} of {len(keep) * len(ids)} (token, branch) pairs run.\n"
+          f"The fast path runs {'the same' if equal else 'OTHERS'}; its logits differ by at most "
+          f"{(others[0] - logits).abs().max():.0e}.")
+
+
+if __name__ == "__main__":
+    from console import run
+    run(main)

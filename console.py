@@ -1,0 +1,97 @@
+"""What every command shares: one-line errors, the device, matplotlib, and the way out. Flags are in flags.py.
+
+Every command begins by importing this file, which imports nothing slow, and ends in `run(main)`: in between, Ctrl-C, a
+closed pipe and whatever the user can mend end the program with one line at most, and no traceback.
+"""
+import argparse
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+
+class InputError(argparse.ArgumentTypeError, ValueError):
+    """A mistake of the user's, told in one line with the way out; the commands print no traceback for it."""
+
+
+given = {}                                                       # flag -> value, of the command line (flags.py)
+
+
+def pick_device(name=None, dtype="float32", tf32=False):
+    """(torch.device, torch.dtype), said aloud with the reason. InputError for a device that is not there."""
+    import torch
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {name} is no device that torch knows: cpu, cuda, cuda:1, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: thresholds need float64, which only cpu and cuda have been tried with")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: torch sees no such GPU here; leave --device out")
+    reason = "asked for" if name else "a GPU is here" if device.type == "cuda" else "no GPU here"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    exactly = "TF32 products" if tf32 else "no TF32" if device.type == "cuda" else "as on disk or cast to it"
+    print(f"device: {device} ({reason}); {dtype} ({exactly}); gates and scores in float32", file=sys.stderr)
+    return device, getattr(torch, dtype)
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files; None, and one line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no picture: matplotlib is not installed (pip install matplotlib)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def told(error):
+    """The one line of an error; an OSError about a file is told with the flag that named it, or a folder above it."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
+        return str(error)
+    path, nearest, named = Path(error.filename).absolute(), (False, 0), ""
+    for flag, value in given.items():
+        place = Path(value).absolute() if isinstance(value, str) and value else Path("/")
+        above = place in (path, *path.parents)                   # or below: a folder on the way could not be made
+        if (above or path in place.parents) and (above, len(place.parts)) > nearest and len(place.parts) > 1:
+            nearest, named = (above, len(place.parts)), f"{flag} {value}: "
+    return f"{named}{error.strerror}: {error.filename}"
+
+
+def run(main, interrupted="", out_of_memory="make the batch smaller"):
+    """Run a command and leave the process. What the user can mend is one line on stderr, told after any progress bar.
+
+    interrupted: what to say after Ctrl-C. out_of_memory: the way out of it. Exit code: what main returns; 1 after an
+    error, 130 after Ctrl-C, 141 where the reader of our output has gone, as after `| head`.
+    """
+    for stream in (sys.stdout, sys.stderr):                      # a terminal may lack a character
+        stream.reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:    # as under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()                                   # here, and not where nobody can catch what it raises
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except (InputError, OSError) as error:
+        status = f"error: {told(error)}"
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        status = f"error: out of memory: {out_of_memory}"
+    except KeyboardInterrupt:
+        status = 130
+        if interrupted:
+            print(f"\n{interrupted}", file=sys.stderr)
+    sys.exit(status)
+
+
+# A command of ours is starting, and has imported nothing else yet: Ctrl-C has nothing to save before run() takes over.
+_command = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if _command.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))

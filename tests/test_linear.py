@@ -1,0 +1,55 @@
+"""Tests of linear.py: one product, whoever computes it."""
+import pytest
+import torch
+
+from conftest import OperatorNames
+from linear import Linear
+
+
+def test_product_by_hand():
+    """x W for x W^T, or a bias left out: (1, 2) times rows (3, 4), (5, 6), (7, 8), plus (0.5, 0, -1)."""
+    linear = Linear(2, 3)
+    linear.weight.data, linear.bias.data = torch.tensor([[3., 4.], [5., 6.], [7., 8.]]), torch.tensor([0.5, 0., -1.])
+    assert linear(torch.tensor([[1., 2.]])).tolist() == [[11.5, 17., 22.]]
+
+
+def test_construction_draws_nothing():
+    """Weights drawn for nothing: seconds on a 1B model, and a random state that depends on how it was built."""
+    before = torch.get_rng_state()
+    Linear(300, 300)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size, dtype, with_gradients, taken", [
+    ((256, 256), torch.float32, False, True), ((257, 255), torch.float32, False, False),     # 2^16 weights; one fewer
+    ((256, 256), torch.float32, True, False), ((256, 256), torch.float64, False, False),
+    ((256, 256), torch.bfloat16, False, False)])
+def test_onednn_only_where_it_may_and_pays(size, dtype, with_gradients, taken):
+    """oneDNN without a gradient in training, in a dtype it was not measured with, or for products too small to gain."""
+    linear = Linear(*size).to(dtype)
+    for p in linear.parameters():
+        p.data.zero_()
+    with OperatorNames() as names, torch.set_grad_enabled(with_gradients):
+        out = linear(torch.ones(3, size[0], dtype=dtype))
+    assert ("_linear_pointwise" in names.seen) == (taken and torch.backends.mkldnn.is_available())
+    assert out.shape == (3, size[1]) and out.dtype == dtype and not out.any() and out.requires_grad == with_gradients
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 320), (17, 320), (2, 5, 320), (3, 1, 320), (0, 320)])
+def test_linear_is_the_same_product_on_every_path(bias, shape):
+    """oneDNN fed a strided view or no rows, no bias, less precision, lost gradients, or the path never taken."""
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(320, 256, bias=bias)
+    for p in linear.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+    x = torch.randn(*shape[:-1], 640, generator=generator)[..., ::2]     # every other channel: not contiguous
+    exact = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    with OperatorNames() as names, torch.no_grad():
+        out = linear(x)
+    assert ("_linear_pointwise" in names.seen) == torch.backends.mkldnn.is_available()
+    assert out.shape == exact.shape and ((out - exact).abs() < 1e-4).all()
+    out = linear(x)                                              # with gradients
+    assert out.requires_grad and ((out - exact).abs() < 1e-4).all()
+    with torch.no_grad():
+        assert ((linear.double()(x.double()) - exact).abs() < 1e-9).all()

@@ -1,0 +1,255 @@
+"""Tests of thresholds.py: one frozen threshold, a table of them read between its budgets, and calibration."""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import MAY_SKIP, both_kv, build, llama, on_devices, padding, same_masks
+from console import InputError
+from gates import GRANULARITIES, SkipPolicy, quantile_threshold, skippable_share
+from thresholds import calibrate, frozen_threshold, search, thresholds_at
+
+
+# One threshold.
+
+def test_frozen_threshold_beyond_the_ends():
+    """No neighbour to take a midpoint with: an index error, or a tau on the lowest or highest score."""
+    scores = torch.tensor([0.3, 0.5, 0.9], dtype=torch.float64)
+    assert frozen_threshold(scores, 0.0) == pytest.approx(0.3 - 1e-4, abs=1e-12)
+    assert frozen_threshold(scores, 1.0) == pytest.approx(0.9 + 1e-4, abs=1e-12)
+    for q, tau in ((0.2, 0.4 - 1e-4), (0.8, 0.4 + 1e-4)):        # a single value, however often
+        assert frozen_threshold(torch.full((50,), 0.4, dtype=torch.float64), q) == pytest.approx(tau, abs=1e-12)
+    tied = torch.tensor([0.1, 0.4, 0.4, 0.4, 0.4, 0.8], dtype=torch.float64)
+    assert frozen_threshold(tied, 0.3) == pytest.approx(0.25) and frozen_threshold(tied, 0.6) == pytest.approx(0.6)
+
+
+def clusters(scores, tie=1e-6):
+    """Sorted scores as runs of ties: a cut between two runs never splits one."""
+    runs = []
+    for s in sorted(scores.double().tolist()):
+        runs.append(runs.pop() + [s]) if runs and s - runs[-1][-1] <= tie else runs.append([s])
+    return runs
+
+
+def test_frozen_threshold_lies_on_no_score_and_on_the_nearer_side():
+    """A tau that equals tied scores (one rounding step flips all of them), or the cut on the wrong side of a tie."""
+    rng = np.random.default_rng(0)
+    for case in range(600):
+        n = int(rng.integers(1, 60))
+        scores = rng.random(n).astype(np.float32)
+        if case % 3:                                             # ties as rounding leaves them: some float32 steps wide
+            scores = np.round(scores, 1) + np.float32(6e-8) * rng.integers(0, 3, n).astype(np.float32)
+        scores = torch.from_numpy(scores)
+        q = float(rng.choice([0.0, 1.0, rng.random(), rng.integers(0, 21) / 20]))
+        tau = frozen_threshold(scores, q)
+        assert isinstance(tau, float) and (scores.double() - tau).abs().min() > 4e-7, (case, q)
+        share = (scores.double() <= tau).double().mean().item()
+        runs = clusters(scores)
+        shares = np.cumsum([0] + [len(r) for r in runs]) / n     # every share that a cut between ties can have
+        plain = quantile_threshold(scores, q).item()
+        tied = [i for i, r in enumerate(runs) if r[0] - 1e-6 <= plain <= r[-1] + 1e-6]
+        if tied:                                                 # the quantile is a score: the nearer of the two sides
+            nearer = min(shares[tied[0]:tied[0] + 2], key=lambda s: abs(s - q))
+            assert share == pytest.approx(nearer, abs=1e-12), (case, q)
+        else:                                                    # between two scores: halfway, in the same gap
+            below, above = max(r[-1] for r in runs if r[-1] < plain), min(r[0] for r in runs if r[0] > plain)
+            assert tau == pytest.approx((below + above) / 2, abs=1e-12)
+
+
+# Between two budgets.
+
+def test_thresholds_between_budgets():
+    """Interpolation in the wrong direction, a clamp below the smallest calibrated budget, or keys compared as text."""
+    table = {"1.0": [0.1, 0.0], "0.95": [0.3, 0.0], "0.5": [0.6, 0.0]}
+    for key, taus in table.items():
+        assert thresholds_at(table, float(key)) == taus
+    assert thresholds_at(table, 0.975) == pytest.approx([0.2, 0.0])
+    assert thresholds_at(table, 0.99) == pytest.approx([0.14, 0.0])
+    assert thresholds_at(table, 0.6) == pytest.approx([0.6 - 0.3 * 0.1 / 0.45, 0.0])
+    assert thresholds_at(dict(reversed(table.items())), 0.6) == thresholds_at(table, 0.6)
+    assert thresholds_at({"1.0": [0.1]}, 1.0) == [0.1]
+    assert thresholds_at(table, 1.0 - 0.5 + 1e-12) == pytest.approx([0.6, 0.0])
+    for budget in (0.49, 0.01):
+        with pytest.raises(InputError) as error:
+            thresholds_at(table, budget)
+        assert "0.5" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("budget", [math.nan, 0, 0.0, -0.1, 1.0001, 15, math.inf])
+def test_bad_budget_is_refused(budget):
+    """--budget 15 (meant as percent) or NaN going through as some threshold of the table."""
+    with pytest.raises(InputError) as error:
+        thresholds_at({"1.0": [0.1]}, budget)
+    assert "\n" not in str(error.value)
+
+
+# The search.
+
+def trials(response, target, rounds):
+    """(what search returns, the shares that it asked for); its table is the share itself."""
+    tried = []
+    return search(lambda q: tried.append(q) or [q], lambda table: response(*table), target, target, 0.01, rounds), tried
+
+
+def test_search_by_hand():
+    """A correction in the wrong direction, or a try too many: what skips fourfold is asked for a quarter."""
+    (table, got, q), tried = trials(lambda q: q, 0.25, 6)
+    assert (table, got, q, tried) == ([0.25], 0.25, 0.25, [0.25])
+    (table, got, q), tried = trials(lambda q: 4 * q, 0.25, 6)
+    assert (table, got, q, tried) == ([0.0625], 0.25, 0.0625, [0.25, 0.0625])
+
+
+# what is realised where the share q is asked of each branch
+RESPONSES = {"as asked": lambda q: q, "1.6 times": lambda q: 1.6 * q, "half": lambda q: q / 2,
+             "root": lambda q: q ** 0.5, "square": lambda q: q * q,
+             "runs away": lambda q: min(1.0, q + 3 * q * q), "late": lambda q: max(0.0, 2 * q - 0.4)}
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_search_converges(name):
+    """A bracket that loses the answer, or a table returned that is not the one measured: on what rises with q it comes
+    within half of the tolerance."""
+    for target in (0.05, 0.1, 0.2, 0.3):
+        (table, got, q), tried = trials(RESPONSES[name], target, 12)
+        assert abs(got - target) <= 0.005 and got == RESPONSES[name](q), (target, tried)
+        assert table == [q] and q == tried[-1] and len(tried) <= 12
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 6, 14])
+def test_search_takes_the_nearest_of_what_it_tried(rounds):
+    """The last try taken for the best, a try more than allowed, or all of a branch skipped (no quantile is above that):
+    nothing ever skipped, everything always, nothing and then all at once, and noise."""
+    noise = random.Random(0)
+    for response in (lambda q: 0.0, lambda q: 1.0, lambda q: 0.02 if q < 0.3 else 0.6, lambda q: noise.random()):
+        for target in (0.05, 0.2, 0.4):
+            seen = []
+            (table, got, q), tried = trials(lambda q: seen.append(response(q)) or seen[-1], target, rounds)
+            assert len(tried) == rounds or abs(seen[-1] - target) <= 0.005
+            nearest = min(range(len(seen)), key=lambda i: abs(seen[i] - target))
+            assert got == seen[nearest] and table == [tried[nearest]] == [min(q, 0.999)]
+            assert len(tried) <= rounds and 0 < min(tried) and max(tried) <= 0.999
+
+
+# Calibration.
+
+def sequences(total=60):
+    """Six token lists of unequal lengths, no token twice among them: scores are distinct, even at attention 0."""
+    ids = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    cuts = [total * share // 60 for share in (0, 4, 9, 23, 31, 47, 60)]
+    return [ids[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def padded(seqs):
+    longest = max(map(len, seqs))
+    return torch.tensor([s + [0] * (longest - len(s)) for s in seqs]), padding([len(s) for s in seqs], longest, "right")
+
+
+def share_skipped(model, seqs, policy):
+    ids, valid = padded(seqs)
+    keep = torch.stack(model(ids, valid=valid, policy=policy)[1].keep)
+    return 1 - keep.sum().item() / (valid.sum().item() * len(keep))
+
+
+def test_calibrate_without_gates_is_refused():
+    """A traceback for whoever calibrates the plain model."""
+    with pytest.raises(InputError):
+        calibrate(build(llama(gate=None)), sequences(), [0.9])
+
+
+def test_calibrate_with_repeated_tokens_stays_within_their_ties():
+    """Equal tokens tie at attention 0: there the share may miss (1 - b) by the tie, and by no more."""
+    model, seqs = build(llama()), [[7] * 10 + [3] * 6 + [11] * 4, [7] * 9 + [5] * 11]
+    taus = calibrate(model, seqs, [0.7])["thresholds"]["0.7"]
+    ids, valid = padded(seqs)
+    trace = model(ids, valid=valid, policy=SkipPolicy("frozen", 0.7, thresholds=taus))[1]
+    assert (~trace.keep[0]).sum().item() in {0, 4, 6, 10, 11, 15, 17}       # whole ties
+    for scores, keep in zip(trace.scores, trace.keep):
+        largest_tie = max(map(len, clusters(scores[valid])))
+        assert abs((~keep[valid]).double().mean().item() - 0.3) <= max(largest_tie, 1) / 40 + 1e-9
+
+
+def test_calibrate_says_what_it_cannot_reach(capsys):
+    """A budget that no threshold realises, saved as if it were met: it must be said, and the nearest table kept."""
+    model, seqs, seen = build(llama(), seed=1), sequences(), []
+
+    def realised(policy):                                        # nothing, and then all at once
+        seen.append(share_skipped(model, seqs, policy))
+        return 0.02 if seen[-1] < 0.12 else 0.6
+
+    result = calibrate(model, seqs, [0.8], realised=realised)
+    said = capsys.readouterr().out
+    assert result["realised"]["0.8"] == 0.02 and "NOT reached" in said and "2.0%" in said and "20.0%" in said
+    assert said.count("\n") == 1
+    assert share_skipped(model, seqs, SkipPolicy("frozen", 0.8, thresholds=result["thresholds"]["0.8"])) < 0.12
+    assert 1 < len(seen) <= 6
+
+
+@pytest.mark.parametrize("skip", ["all", "attn", "alternate"])
+def test_calibrate_corrects_a_table_that_runs_away(skip, capsys):
+    """In use skips feed on themselves (a table for 25% realised 41% in a prototype): the closed loop must bring what is
+    realised, here 1.6 times what is asked, within one point of the request, and store the table that did it."""
+    model, seqs = build(llama(vocab_size=420), seed=1), sequences(420)
+
+    def realised(policy):
+        assert policy.kind == "frozen" and policy.skip == skip and policy.kv == "copy_up"
+        return 1.6 * share_skipped(model, seqs, policy)
+
+    result = calibrate(model, seqs, [0.95, 0.9, 0.8, 0.75], skip, realised=realised)
+    said, share = capsys.readouterr().out.splitlines(), skippable_share(skip, 4)
+    assert list(result["realised"]) == ["0.95", "0.9", "0.8", "0.75"] and len(said) == 4
+    for key, got in result["realised"].items():
+        target = (1 - float(key)) * share
+        assert abs(got - target) <= 0.01, (key, got, target)
+        policy = SkipPolicy("frozen", float(key), skip, thresholds=result["thresholds"][key])
+        assert realised(policy) == got                           # the table stored is the one that was measured
+    assert not any("NOT" in line for line in said)
+
+
+@on_devices
+@both_kv
+@pytest.mark.parametrize("skip", GRANULARITIES)
+def test_calibrate_realises_what_it_asks_for(skip, kv, device):
+    """Thresholds from states that earlier skips did not shape, from padding, or of another branch: applied to the same
+    sequences, the table skips (1 - b) of every branch that may skip, within one token."""
+    model, seqs = build(llama(), device=device), sequences()
+    result = calibrate(model, seqs, [0.9, 0.6, 1.0], skip, kv)
+    assert (result["skip"], result["kv"]) == (skip, kv)
+    assert set(result["thresholds"]) == {"1.0", "0.9", "0.6"} and result["realised"] == {}
+    ids, valid = (x.to(device) for x in padded(seqs))
+    for budget in (0.9, 0.6):
+        taus = result["thresholds"][str(budget)]
+        trace = model(ids, valid=valid, policy=SkipPolicy("frozen", budget, skip, kv, thresholds=taus))[1]
+        for branch, keep in enumerate(trace.keep):
+            skipped = (~keep[valid]).sum().item()
+            if not MAY_SKIP[skip][branch]:
+                followed = (~trace.keep[branch - 1][valid]).sum().item() if skip == "layer" else 0
+                assert taus[branch] == 0 and skipped == followed
+            else:
+                assert abs(skipped - (1 - budget) * 60) <= 1 + 1e-9, (branch, skipped)
+                assert (trace.scores[branch][valid] - taus[branch]).abs().min() > 1e-12
+    scores = model(ids, valid=valid)[1].scores
+    lowest = [s[valid].min().item() if MAY_SKIP[skip][branch] else 0.0 for branch, s in enumerate(scores)]
+    assert result["thresholds"]["1.0"] == pytest.approx(lowest, abs=1e-12)
+
+
+@on_devices
+@torch.no_grad()
+def test_one_token_repeated_alone_and_in_batches(device):
+    """Equal tokens tie at attention 0; a tau on the tie flips with the last bit, which in float32 differs between batch
+    sizes. Calibrated thresholds lie beside ties: 50 equal tokens, alone or in batches of 2, 3 and 33, get one mask."""
+    model = build(llama(num_hidden_layers=3), dtype=torch.float32, device=device)
+    table = calibrate(model, [[token] * 50 for token in (5, 9, 17, 33, 41)], [0.9, 0.7, 0.5])["thresholds"]
+    skipped = 0
+    for token in (5, 9, 17, 33, 41):
+        for budget in (0.9, 0.8, 0.7, 0.5):
+            policy = SkipPolicy("frozen", budget, thresholds=thresholds_at(table, budget))
+            for compute in ("masked", "compact"):
+                alone = model(torch.full((1, 50), token, device=device), policy=policy, compute=compute)[1].keep
+                for batch in (2, 3, 33):
+                    keep = model(torch.full((batch, 50), token, device=device), policy=policy, compute=compute)[1].keep
+                    same_masks(keep, [m.expand(batch, 50) for m in alone])
+            assert all(m.all() or not m.any() for m in alone)
+            skipped += sum((~m).any().item() for m in alone)
+    assert skipped >= 10                                         # of 5 x 4 x 6 (token, budget, branch)

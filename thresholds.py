@@ -1,0 +1,171 @@
+"""Thresholds that do not move: the quantile measured once on calibration data, then fixed.
+
+A quantile of the batch depends on batch mates, looks ahead inside a prompt and skips nothing in a single stream; a
+frozen threshold per branch does none of that. First one threshold, then a table of them (one pass, and the search that
+corrects it), then what generation reads out of the table.
+
+Shapes: B batch, S sequence, L layers.
+"""
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from console import InputError
+from gates import SkipPolicy, check_budget, may_skip, quantile_threshold, skippable_share
+
+
+def frozen_threshold(scores, q, tie=1e-6):
+    """A threshold that skips about a share q of these scores and lies on none of them. 1-d scores -> float.
+
+    Equal tokens have equal scores at attention 0, so a quantile tends to fall on a tie that one rounding step would
+    flip. It moves to the midpoint of the nearest gap, on the side whose share is nearer q; beyond the ends by 1e-4.
+    """
+    s = scores.double().flatten().sort().values
+    tau = quantile_threshold(s, q)
+    on_tau = s[(s - tau).abs() <= tie]
+    low, high = (on_tau[0], on_tau[-1]) if len(on_tau) else (tau, tau)
+    below, above = s[s < low], s[s > high]
+    if not len(on_tau):
+        return float((below[-1] + above[0]) / 2)
+    cuts = (float((below[-1] + low) / 2) if len(below) else float(low) - 1e-4,
+            float((high + above[0]) / 2) if len(above) else float(high) + 1e-4)
+    return min(cuts, key=lambda cut: abs(float((s <= cut).double().mean()) - q))
+
+
+@dataclass
+class Measuring:
+    """In a policy's place for one pass: sets each branch's threshold from the scores that it sees there, and applies it
+    before the next branch runs, which so sees states that earlier skips have shaped."""
+    q: float                                                     # the share that each branch is to skip
+    skip: str
+    kv: str
+    thresholds: dict = field(default_factory=dict)               # branch -> tau
+    smallest: dict = field(default_factory=dict)                 # branch -> smallest score
+
+    def keep(self, branch, scores, valid):
+        if not may_skip(self.skip, branch):
+            return valid
+        pool = scores[valid]
+        self.smallest[branch], self.thresholds[branch] = float(pool.min()), frozen_threshold(pool, self.q)
+        return valid & (scores.double() > self.thresholds[branch]) if self.q > 0.0 else valid
+
+
+@torch.no_grad()
+def one_pass(model, sequences, q, skip, kv):
+    """(thresholds that skip the share q of these tokens, smallest scores): 2L floats each, 0 where nobody may skip.
+
+    sequences: lists of token ids, all of them one pool.
+    """
+    longest, device = max(map(len, sequences)), next(model.parameters()).device
+    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)         # (B, S)
+    lengths, policy = torch.tensor([[len(s)] for s in sequences], device=device), Measuring(q, skip, kv)
+    valid = torch.arange(longest, device=device) < lengths                                       # (B, S)
+    model(ids, valid=valid, policy=policy, compute="compact", last=True)
+    branches = range(2 * model.config.num_hidden_layers)
+    return [policy.thresholds.get(b, 0.0) for b in branches], [policy.smallest.get(b, 0.0) for b in branches]
+
+
+def search(table_at, realised, target, q, tolerance, rounds):
+    """Correct q until realised(table_at(q)) is target: regula falsi through 0, bisection where that leaves the bracket.
+
+    Returns the nearest (table, realised share, q) of at most `rounds` tries. It aims at half of the tolerance, so that
+    other prompts stay within all of it.
+    """
+    low, high, best = 0.0, 1.0, None
+    for _ in range(rounds):
+        table = table_at(min(q, 0.999))
+        got = realised(table)
+        if best is None or abs(got - target) < abs(best[1] - target):
+            best = (table, got, q)
+        if abs(got - target) <= tolerance / 2:
+            break
+        low, high = (low, q) if got > target else (q, high)
+        guess = q * target / max(got, 1e-3)
+        q = guess if low < guess < high else (low + high) / 2
+    return best
+
+
+def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None, tolerance=0.01, rounds=6):
+    """One frozen threshold per branch and budget: one pass over the sequences, then, if asked, a search.
+
+    Skipping changes the states that later scores are made from, so a table can run away in use; therefore, when
+    `realised(policy) -> skipped share` is given (run the policy on prompts that the model continues), the quantile
+    asked for is corrected until the share is within `tolerance` of (1 - budget) x the skippable share.
+
+    Returns {"skip", "kv", "thresholds": {"1.0": [...], "0.95": [2L floats], ...}, "realised": {"0.95": share, ...}}; a
+    branch that may not skip has threshold 0. thresholds["1.0"] holds the smallest scores and serves interpolation only.
+    """
+    if model.config.gate is None:
+        raise InputError("this model has no gates to calibrate: train it first (python train.py --model ...)")
+    share = skippable_share(skip, model.config.num_hidden_layers)
+    smallest = one_pass(model, sequences, 0.0, skip, kv)[1]
+    result = {"skip": skip, "kv": kv, "thresholds": {"1.0": smallest}, "realised": {}}
+    correction = 1.0                                             # of the last budget: a good guess for the next
+    for budget in sorted((b for b in map(check_budget, budgets) if b < 1.0), reverse=True):
+        key, target, q = str(round(budget, 4)), (1.0 - budget) * share, (1.0 - budget) * correction
+        table_at = lambda q: one_pass(model, sequences, q, skip, kv)[0]
+        if realised is None:
+            result["thresholds"][key] = table_at(1.0 - budget)
+            continue
+        in_use = lambda table: realised(SkipPolicy("frozen", budget, skip, kv, thresholds=table))
+        result["thresholds"][key], got, q = search(table_at, in_use, target, q, tolerance, rounds)
+        result["realised"][key], correction = got, q / (1.0 - budget)
+        missed = f"  target {target:.1%} NOT reached: skipping here feeds on itself"
+        print(f"calibrated budget {budget:.2f}: skips {got:.1%} of what it is asked to continue"
+            + (missed if abs(got - target) > tolerance else ""))
+    return result
+
+
+def thresholds_at(table, budget):
+    """The frozen thresholds (list of 2L floats) at any budget between the calibrated ones, interpolated linearly.
+
+    table: {"1.0": [...], "0.95": [...], ...}. InputError below the smallest calibrated budget.
+    """
+    known = sorted((float(key), values) for key, values in table.items())
+    budget = check_budget(budget)
+    if budget < known[0][0] - 1e-9:
+        raise InputError(f"budget {budget} is below the smallest calibrated one, {known[0][0]}: "
+                         f"train with a lower --budget-end, or use --policy batch")
+    for (b0, tau0), (b1, tau1) in zip(known, known[1:]):
+        if budget <= b1 + 1e-9:
+            w = min(max((budget - b0) / (b1 - b0), 0.0), 1.0)
+            return [(1 - w) * x + w * y for x, y in zip(tau0, tau1)]
+    return known[-1][1]
+
+
+def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
+    """The SkipPolicy for a loaded model. kind "auto": frozen where the model is calibrated, else batch.
+
+    skip and kv default to what the model was trained with. InputError for a calibration made under other settings and
+    for a policy that needs gates where there are none; one line on stderr where a choice may surprise.
+    """
+    stored, budget = config.gateskip, check_budget(budget)
+    skip, kv = skip or stored.get("skip", "all"), kv or stored.get("kv", "copy_up")
+    if budget >= 1.0 or kind == "none":
+        return SkipPolicy("none", 1.0, skip, kv)
+    if kind == "random":
+        return SkipPolicy("random", budget, skip, kv, generator=torch.Generator(device).manual_seed(seed))
+    if config.gate is None:
+        raise InputError(f"--budget {budget}: this model has no gates to decide what to skip; "
+                         "train some with train.py, or use --policy random")
+    if kind == "auto":
+        kind = "frozen" if "thresholds" in stored else "batch"
+        if kind == "batch":
+            print("no calibration in this model: using the quantile of each batch, which skips nothing in a decoding "
+                  "step of a single stream", file=sys.stderr)
+    if kind == "frozen":
+        if "thresholds" not in stored:
+            raise InputError("--policy frozen: this model is not calibrated (train.py does it at its end); "
+                             "use --policy batch")
+        if (skip, kv) != (stored["skip"], stored["kv"]):
+            raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not "
+                             f"--skip {skip} --kv {kv}: other settings need a calibration of their own")
+    thresholds = thresholds_at(stored["thresholds"], budget) if kind == "frozen" else None
+    if thresholds and all(abs(float(known) - budget) > 1e-4 for known in stored["thresholds"]):
+        print(f"budget {budget} is not among the calibrated ({', '.join(stored['thresholds'])}): thresholds "
+              "interpolated, less may be skipped than asked", file=sys.stderr)
+    if budget < stored.get("budget_end", 0.0) - 1e-9:
+        print(f"warning: budget {budget} is below {stored['budget_end']}, the lowest this model was trained for",
+              file=sys.stderr)
+    return SkipPolicy(kind, budget, skip, kv, thresholds=thresholds)
