@@ -1,13 +1,18 @@
 """The paper's Algorithms 1, 2 and 3 for ONE sequence, in plain loops over branches and tokens. Read this file first.
 
 It reads the weights of a real Model and runs nothing of it: slow, obvious, what the tests hold the fast path to.
-"line 5" at the end of a line is that line of the Algorithm in the docstring; "A2 line 3" is one of Algorithm 2.
+`# line 5` is that line of the Algorithm that the docstring names, `A2 line 3` one of Algorithm 2.
 
 Shapes: S tokens of this pass, H hidden, D head dim, V vocabulary. A token is a vector (H,); h, x and g are lists of S.
 """
 import math
+from pathlib import Path
+
+from console import run
 
 import torch
+
+from decoder_by_hand import attention_of, cap, gate_of, heads, mlp_of, norm, rotate
 
 
 def quantile_threshold(v, q):                                    # line 1
@@ -27,9 +32,9 @@ def threshold(g_bar, budget):
     if budget >= 1:
         return -math.inf                                         # budget 1 keeps all
     tau, largest = quantile_threshold(g_bar, 1 - budget), max(g_bar)
-    if tau >= largest:                                           # one token, all equal, a tie at the top: nobody would
-        tau = max((s for s in g_bar if s < largest), default=-math.inf)          # be kept, so those at the top are
-    return tau
+    if tau < largest:
+        return tau
+    return max((s for s in g_bar if s < largest), default=-math.inf)             # somebody is kept: those at the top
 
 
 def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", earlier=None):
@@ -50,7 +55,8 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
         elif is_mlp:
             norm_in = block.post_attention_layernorm
         x = [norm(h_i, norm_in, c) for h_i in h]                                 # S of (H,): what the module reads
-        g = [gate_of(gate, x_i, h_i) for x_i, h_i in zip(x, h)]                  # line 6, A2 line 4: S of (H,) or (1,)
+        # S of (H,) or (1,); without gates 1, which is eq. 1
+        g = [gate_of(gate, x_i, h_i) for x_i, h_i in zip(x, h)]                  # line 6, A2 line 4
         ablated = gate is not None and gate.config.placement == "before"         # then the gate multiplies the input
         x = [g_i * x_i for g_i, x_i in zip(g, x)] if ablated else x
         if skip != "layer" or not is_mlp:                                        # a whole layer goes by its attention
@@ -68,12 +74,15 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
             if skipped:                                                          # line 10, A2 line 8
                 pass                                                             # line 11, A2 line 9: h_i unchanged
             else:                                                                # line 12, A2 line 10
-                o = (mlp_of(block.mlp, x[i], c) if is_mlp else                   # line 5, A2 line 3: (H,); not above as
-                     attention_of(block.self_attn, x[i], KV[layer], layer, c))   # printed: only those who pass need it
+                # line 5, A2 line 3: o (H,), printed above the gate; only those who pass need it
+                o = mlp_of(block.mlp, x[i], c) if is_mlp else attention_of(block.self_attn, x[i], KV[layer], layer, c)
                 o = norm(o, norm_out, c) if c.gemma else o
                 h[i] = h[i] + (o if ablated else g[i] * o)                       # line 13, A2 line 11: eq. 2
-        all_g, keep = all_g + [g], keep + [[score > tau for score in g_bar]]     # line 14, line 15, line 16: ends
-    h = [norm(h_i, model.model["norm"], c) for h_i in h]                         # A2 line 12, A2 line 13, A2 line 15
+            # line 14, A2 line 12: end if
+        # line 15, A2 line 13: end for
+        all_g, keep = all_g + [g], keep + [[score > tau for score in g_bar]]
+    # line 16, A2 line 15: end for
+    h = [norm(h_i, model.model["norm"], c) for h_i in h]                         # h_L
     return torch.stack([cap(model.lm_head.weight @ h_i, c.final_softcap) for h_i in h]), all_g, keep, KV
 
 
@@ -96,93 +105,31 @@ def generate(model, prompt, steps, eos=(), b_hat=1.0, **how):
     while A and len(new) < steps:
         logits, _, _, KV = forward(model, A, b_hat, earlier=KV, **how)
         new.append(logits[-1].argmax().item())                                   # A2 line 16
-        A = [] if new[-1] in eos else new[-1:]                                   # A2 line 14: once a pass, not once a
-    return new                                                                   # layer, as printed
-
-
-# The parts of a Llama, or of a Gemma 2 (c.gemma), for one token. c: model.config
-norm = lambda x, m, c: x / (x.pow(2).mean() + c.rms_norm_eps) ** 0.5 * (m.weight + (1 if c.gemma else 0))        # (H,)
-heads = lambda projection, x, c: (projection.weight @ x).split(c.head_dim)       # a (D,) per head
-cap = lambda z, limit: z if limit is None else limit * torch.tanh(z / limit)     # Gemma's softcap
-
-
-def gate_of(gate, x, h):
-    """g = sigmoid(W_G x + b_G), (H,) or (1,). Without gates it is 1: h' = h + o, eq. 1."""
-    if gate is None:
-        return torch.ones_like(x[:1])
-    z = h if gate.config.input == "residual" else x
-    z = z.detach() if gate.config.detach else z
-    if gate.inner is not None:
-        z = gate.inner.weight @ z                                                # (2H,) or (rank,)
-    if gate.config.arch == "mlp":
-        z = (z + gate.inner.bias).clamp(min=0)
-    return torch.sigmoid(gate.out.weight @ z + gate.out.bias)
-
-
-def rotate(x, position, c):
-    """Channels d and d + D/2 of a head (D,) turn by position * theta^(-2d/D); angles in float32, as Hugging Face's."""
-    freq = c.rope_theta ** -(torch.arange(0, len(x), 2, dtype=torch.float32) / len(x))           # (D/2,)
-    if c.rope_scaling is not None:                                               # llama3: slow turns are slowed down
-        s = c.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        own = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        freq = freq * (own + (1 - own) / s["factor"])
-    (a, b), cos, sin = x.chunk(2), (position * freq).cos().to(x.dtype), (position * freq).sin().to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin])
-
-
-def attention_of(module, x, KV, layer, c):
-    """o (H,) of the newest token, over the keys and values of all so far: itself and skipped ones among them."""
-    scale, window, outs = c.attn_scale or c.head_dim ** -0.5, c.windows[layer] if c.windows else None, []
-    seen = KV if window is None else KV[-window:]                                # (keys, values) of each position
-    for n, q in enumerate(heads(module.q_proj, x, c)):
-        q, m = rotate(q, len(KV) - 1, c), n * c.num_key_value_heads // c.num_attention_heads     # m: its key-value head
-        weights = torch.stack([cap(scale * (q @ k[m]), c.attn_softcap) for k, _ in seen]).softmax(0)
-        outs.append(sum(w * v[m] for w, (_, v) in zip(weights, seen)))           # (D,)
-    return module.o_proj.weight @ torch.cat(outs)
-
-
-def mlp_of(module, x, c):                                                        # SwiGLU, or Gemma's GeGLU (tanh)
-    a = module.gate_proj.weight @ x                                              # (I,): no gate of GateSkip's
-    gelu = 0.5 * a * (1 + torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a ** 3)))
-    return module.down_proj.weight @ ((gelu if c.gemma else a * torch.sigmoid(a)) * (module.up_proj.weight @ x))
+        A = [] if new[-1] in eos else new[-1:]                                   # A2 line 14, once a pass
+    return new
 
 
 def main():
-    from pathlib import Path
     from data import encode_prompt
-    from gates import GateConfig, SkipPolicy
-    from generate import generate as fast
+    from generate import generate as fast_path
     from load_weights import load_model, load_tokenizer
-    from model import Model, ModelConfig
     from problems import arithmetic
 
-    v, b = [0.61, 0.70, 0.64, 0.75], 0.5
-    s, pos, tau = sorted(v), (1 - b) * (len(v) - 1), quantile_threshold(v, 1 - b)
-    print(f"Four tokens, budget {b}: g_bar = {v}, sorted s = {s}")
-    print(f"pos = (1 - {b}) * (4 - 1) = {pos}: i = 1, alpha = 0.5. tau = {s[1]} + 0.5 * ({s[2]} - {s[1]}) = {tau:.2f}")
-    for i in range(len(v)):
-        print(f"token {i}: {v[i]:.2f} {f'<= {tau:.2f}, skipped' if v[i] <= tau else f' > {tau:.2f}, kept'}")
+    v, tau = [0.61, 0.70, 0.64, 0.75], quantile_threshold([0.61, 0.70, 0.64, 0.75], 1 - 0.5)
+    print(f"Four tokens, budget 0.5: g_bar = {v}, sorted {sorted(v)}\n"
+          f"pos = (1 - 0.5) * (4 - 1) = 1.5, i = 1, alpha = 0.5, tau = 0.64 + 0.5 * (0.70 - 0.64) = {tau:.2f}")
+    for token, g_bar in enumerate(v):
+        print(f"token {token}: {g_bar:.2f} " + (f"<= {tau:.2f}, skipped" if g_bar <= tau else f" > {tau:.2f}, kept"))
 
     folder = Path(__file__).parent / "examples" / "tiny-llama"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prompt = encode_prompt(tokenizer, min((e.question for e in arithmetic(50, "test")), key=len))
     new = generate(model, prompt, 64, model.config.eos_ids)
-    equal = new == fast(model, [prompt], 64, eos_ids=model.config.eos_ids).tokens[0]
+    same = new == fast_path(model, [prompt], 64, eos_ids=model.config.eos_ids).tokens[0]
     print(f"\nThe embedded model in these loops, every token in every layer:\n{tokenizer.decode(prompt + new)}\n"
-          f"The fast path generates {'the same' if equal else 'OTHER'} {len(new)} tokens.")
-
-    model, ids = Model(ModelConfig(60, 24, 48, 4, 4, 2, 6, gate=GateConfig())).double(), list(range(12))
-    model.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits, _, keep, _ = forward(model, ids, b)
-        others, trace = model(torch.tensor([ids]), policy=SkipPolicy("batch", b), compute="compact")
-    equal, ran = keep == [k[0].tolist() for k in trace.keep], sum(map(sum, keep))
-    print(f"\nA random gated model, budget {b}: {ran} of {len(keep) * len(ids)} (token, branch) pairs run.\n"
-          f"The fast path runs {'the same' if equal else 'OTHERS'}; its logits differ by at most "
-          f"{(others[0] - logits).abs().max():.0e}.")
+          f"The fast path generates {'the same' if same else 'OTHER'} {len(new)} tokens.")
+    return 0
 
 
 if __name__ == "__main__":
-    from console import run
     run(main)

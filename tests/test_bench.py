@@ -12,9 +12,8 @@ from bench_peer import Peer
 from console import InputError
 from gates import GateConfig
 from load_weights import load_model
-from model import Model
 from rows import KVCache
-from savings import SHAPES, count_macs, counts_table
+from savings import count_macs
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,31 +24,6 @@ def tiny(monkeypatch):
     for name in bench.BENCH_SHAPES:
         monkeypatch.setitem(bench.BENCH_SHAPES, name, llama(None))
     monkeypatch.setattr(bench, "STEPS", 3)
-
-
-def test_counts_are_those_of_the_models():
-    """A table of parameters that drifts from the code: Table 13 of the paper is of no Llama-3.2-1B."""
-    lines = counts_table()[2:]
-    assert len(lines) == 3 * len(SHAPES)
-    forms = {"vector": GateConfig(), "scalar": GateConfig("scalar")}
-    for line in lines:
-        name, form, n_gates, share, of_block, saved = (cell.strip() for cell in line.strip("|").split("|"))
-        shape = replace(SHAPES[name], gate=forms.get(form, GateConfig(arch="lowrank")))
-        with torch.device("meta"):
-            every, plain = (sum(p.numel() for p in Model(c).parameters()) for c in (shape, SHAPES[name]))
-        assert n_gates == f"{every - plain:,}" and share == f"{(every - plain) / plain:.2%}"
-        H, I, D = shape.hidden_size, shape.intermediate_size, shape.head_dim
-        block = 2 * H * D * (shape.num_attention_heads + shape.num_key_value_heads) + 3 * H * I
-        assert of_block == f"{2 * shape.gate.macs(H) / block:.2%}"
-        if name == "llama-3.2-1b":                               # design figures, from an independent count
-            assert saved == {"vector": "+0.9% / +0.5%", "scalar": "+11.8% / +11.4%"}.get(form, "+11.6% / +11.2%")
-
-
-def test_the_readme_shows_the_counts():
-    """Figures in the README or NOTES.md that the command beside them no longer prints."""
-    table = counts_table()
-    assert "\n".join(table) in (ROOT / "NOTES.md").read_text(encoding="utf-8")
-    assert "\n".join(table[:5]) in (ROOT / "README.md").read_text(encoding="utf-8")      # of Llama-3.2-1B
 
 
 @pytest.mark.parametrize("form", bench.GATES)
@@ -70,7 +44,8 @@ def test_twins_share_the_backbone(form, tied):
 
 @pytest.mark.parametrize("skipped", [0.15, 0.5, 0.7])
 def test_a_single_stream_skips_exactly_its_share(skipped):
-    """A batch of one that skips nothing (topk of one token keeps it), or other branches in the masked run than in the compact one."""
+    """A batch of one that skips nothing (topk of one token keeps it), or other branches in the masked run than in the
+    compact one."""
     model = bench.with_gate(build(llama(None), dtype=torch.float32), "scalar")
     traces = {c: bench.decode(model, tokens(1, 6), skipped, c)() for c in ("compact", "masked")}
     keep = {c: torch.stack([torch.stack(t.keep).flatten() for t in ts]) for c, ts in traces.items()}
@@ -105,18 +80,50 @@ def test_rewind():
 
 
 def test_rows(tmp_path, capsys, monkeypatch):
-    """A row without what a reader needs, a ratio upside down, an ideal that is not count_macs', a picture that is not drawn."""
+    """A row without what a reader needs, a ratio upside down, an ideal that is not count_macs', a picture that is not
+    drawn."""
     monkeypatch.setattr(bench, "SKIPPED", (0.0, 0.5))
     monkeypatch.setattr(bench, "CONTEXT", 6)
-    assert bench.main(["--repeats", "1", "--gate", "lowrank", "--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png"), "--device", "cpu"]) == 0
+    assert (
+        bench.main(
+            [
+                "--repeats",
+                "1",
+                "--gate",
+                "lowrank",
+                "--json",
+                str(tmp_path / "b.json"),
+                "--png",
+                str(tmp_path / "b.png"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert {(r["work"], r["batch"]) for r in rows} == {("prefill", 8), ("decode", 1), ("decode", 8), ("decode", 32), ("train", 2)}
+    assert {(r["work"], r["batch"]) for r in rows} == {
+        ("prefill", 8),
+        ("decode", 1),
+        ("decode", 8),
+        ("decode", 32),
+        ("train", 2),
+    }
     for r in rows:
         assert {"work", "batch", "skipped", "gate", "ratio", "ideal", "peer", "seconds"} <= set(r)
-        full = next(q for q in rows if (q["work"], q["batch"], q["gate"], q["asked"], q["compute"]) == (r["work"], r["batch"], r["gate"], 0.0, "compact"))
+        full = next(
+            q
+            for q in rows
+            if (q["work"], q["batch"], q["gate"], q["asked"], q["compute"])
+            == (r["work"], r["batch"], r["gate"], 0.0, "compact")
+        )
         assert r["ratio"] == pytest.approx(full["seconds"] / r["seconds"]) and r["seconds"] > 0
     config = replace(llama(None), gate=GateConfig(arch="lowrank"))
-    row = next(r for r in rows if (r["work"], r["batch"], r["gate"], r["asked"], r["compute"]) == ("decode", 8, "lowrank", 0.5, "compact"))
+    row = next(
+        r
+        for r in rows
+        if (r["work"], r["batch"], r["gate"], r["asked"], r["compute"]) == ("decode", 8, "lowrank", 0.5, "compact")
+    )
     everyone = torch.ones(8, 8, 1, dtype=torch.bool)             # (2L, B, S)
     half = (torch.arange(8) < 4).view(1, 8, 1).expand(8, 8, 1)
     full, run = (sum(int(count_macs(config, keep, everyone[0], keys=keys, logit_rows=8, gate=config.gate))

@@ -22,7 +22,9 @@ from savings import Savings
 from thresholds import calibrate, make_policy
 
 ROOT = Path(__file__).parents[1]
-TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+TOY = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +40,49 @@ def folders(tmp_path_factory):
         model.load_state_dict(build(model.config, dtype=torch.float32).state_dict())
         if gate is not None:
             sequences = [encode_prompt(tokenizer, problem.question) for problem in arithmetic(8, "calibration")]
-            model.config.gateskip = dict(skip="all", kv="copy_up", budget_end=0.8) | calibrate(model, sequences, [1.0, 0.8])
+            model.config.gateskip = dict(skip="all", kv="copy_up", budget_end=0.8) | calibrate(
+                model, sequences, [1.0, 0.8]
+            )
         save_model(model, path, tokenizer)
     return folders
 
 
 def evaluate(folders, out, *more, **flags):
     flags = dict(model=folders["gated"], out=out, limit=5, batch_size=3, max_new_tokens=6, device="cpu") | flags
-    assert main([w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))] + list(more)) == 0
+    assert (
+        main([w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))] + list(more))
+        == 0
+    )
     return json.loads((out / "eval.json").read_text())
 
 
 # Reading an answer.
 
-@pytest.mark.parametrize("text, strict, flexible", [
-    ("He pays 3 * 6 = $18.\n#### 18", "18", "18"), ("#### 1,234.", "1234", "1234"), ("The answer is 42.", None, "42"), ("#### $18", None, "18"),
-    ("#### 18.00", "18.00", "18.00"), ("#### -7\n", "-7", "-7"), ("#### B", "b", None), ("#### B.", "b", None), ("#### Because", None, None),
-    ("#### 5 apples, so 6\n#### 7", "5", "7"), (" 4 + 4 = 8\n#### 8\nQuestion: 9? #### 9", "8", "8"), ("####18", None, "18"),
-    ("", None, None), ("no number at all", None, None), ("#### 3.5", "3.5", "3.5"), ("it costs $1,200.", None, "1200"),
-])
+
+@pytest.mark.parametrize(
+    "text, strict, flexible",
+    [
+        ("He pays 3 * 6 = $18.\n#### 18", "18", "18"),
+        ("#### 1,234.", "1234", "1234"),
+        ("The answer is 42.", None, "42"),
+        ("#### $18", None, "18"),
+        ("#### 18.00", "18.00", "18.00"),
+        ("#### -7\n", "-7", "-7"),
+        ("#### B", "b", None),
+        ("#### B.", "b", None),
+        ("#### Because", None, None),
+        ("#### 5 apples, so 6\n#### 7", "5", "7"),
+        (" 4 + 4 = 8\n#### 8\nQuestion: 9? #### 9", "8", "8"),
+        ("####18", None, "18"),
+        ("", None, None),
+        ("no number at all", None, None),
+        ("#### 3.5", "3.5", "3.5"),
+        ("it costs $1,200.", None, "1200"),
+    ],
+)
 def test_answers_are_read_as_the_harness_reads_them(text, strict, flexible):
-    """A dollar sign or a comma that makes a right answer wrong, the last #### in place of the first, a number out of a new question."""
+    """A dollar sign or a comma that makes a right answer wrong, the last #### in place of the first, a number out of
+    a new question."""
     assert extract_answer(text) == strict and extract_answer(text, flexible=True) == flexible
 
 
@@ -71,27 +95,33 @@ def test_gold_answers_are_normalised_alike():
 # Accuracy at exactly so much skipped.
 
 def test_interpolation_by_hand():
-    """A clamp where nothing was measured, points taken in the order of the file, a knot that is missed by a rounding error."""
+    """A clamp where nothing was measured, points taken in the order of the file, a knot that is missed by a rounding
+    error."""
     a, c = 0.9, 0.5
     assert interpolate([(0.0, a), (0.4, c)], (0.1,)) == pytest.approx([a + (c - a) / 4])
     knots = [(0.3, 0.2), (0.0, 0.8), (0.1 + 0.2 - 0.2, 0.6)]     # unsorted; the last is not quite 0.1
     assert interpolate(knots, (0.0, 0.1, 0.3)) == [0.8, 0.6, 0.2]
     assert interpolate(knots, (0.05, 0.2)) == pytest.approx([0.7, 0.4])
     assert interpolate(knots, (-0.01, 0.31)) == [None, None] == interpolate([], (0.0, 0.1))
-    assert interpolate([(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)], (0.1, 0.2)) == pytest.approx([0.75, 0.5])     # the same saving twice: their mean
+    assert interpolate([(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)], (0.1, 0.2)) == pytest.approx(
+        [0.75, 0.5]
+    )  # the same saving twice: their mean
     assert interpolate([(0.0, 0.7)]) == [0.7] + [None] * 5 and TARGETS == (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
 
 
 # One row.
 
 def test_a_row_of_known_answers(folders, monkeypatch):
-    """Scores of one batch counted for another, a standard error without its root, savings averaged over batches of unequal size."""
+    """Scores of one batch counted for another, a standard error without its root, savings averaged over batches of
+    unequal size."""
     tokenizer = load_tokenizer(folders["gated"])
     examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "9"))]
     replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 9"]
     asked, savings = [], []
-    for parts in ({"prompt": (60, 70, 0.1, 1, 500, 600), "answer": (30, 30, 0.7, 3, 400, 400)},      # kept, pairs, per
-                  {"prompt": (150, 250, 0.5, 1, 2000, 2400), "answer": (60, 50, 0.2, 1, 500, 600)}):  # call, calls, MACs
+    for parts in (
+        {"prompt": (60, 70, 0.1, 1, 500, 600), "answer": (30, 30, 0.7, 3, 400, 400)},  # kept, pairs, per
+        {"prompt": (150, 250, 0.5, 1, 2000, 2400), "answer": (60, 50, 0.2, 1, 500, 600)},
+    ):  # call, calls, MACs
         savings.append(Savings(None))
         savings[-1].sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in parts.items()}
 
@@ -109,31 +139,70 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     three = lambda *values: pytest.approx(dict(zip(("skipped", "skipped_per_call", "macs_saved"), values)))
     assert row.pop("prompt") == three(110 / 320, 0.6 / 2, 1 - 2500 / 3000)
     assert row.pop("answer") == three(-10 / 80, 0.9 / 4, 1 - 900 / 1000)
-    assert row == pytest.approx({
-        "row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5, "flexible": 4 / 5,
-        "stderr": (0.6 * 0.4 / 5) ** 0.5, "skipped": 100 / 400, "skipped_per_call": 1.5 / 6, "macs_saved": 1 - 3400 / 4000})
+    assert row == pytest.approx(
+        {
+            "row": "random, dense",
+            "policy": "random",
+            "budget": 0.8,
+            "n": 5,
+            "accuracy": 3 / 5,
+            "flexible": 4 / 5,
+            "stderr": (0.6 * 0.4 / 5) ** 0.5,
+            "skipped": 100 / 400,
+            "skipped_per_call": 1.5 / 6,
+            "macs_saved": 1 - 3400 / 4000,
+        }
+    )
 
 
 # The whole sweep.
 
 def test_the_rows(folders, tmp_path, capsys):
-    """Random skipping on the wrong model, a GateSkip row under another policy, savings that are asked for and not measured."""
+    """Random skipping on the wrong model, a GateSkip row under another policy, savings that are asked for and not
+    measured."""
     result = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9", "0.8", dense=folders["dense"])
     rows = result["rows"]
     assert [(r["row"], r["policy"], r["budget"]) for r in rows] == [
-        ("GateSkip", "none", 1.0), ("GateSkip", "frozen", 0.9), ("GateSkip", "frozen", 0.8), ("dense", "none", 1.0),
-        ("random, dense", "random", 0.9), ("random, dense", "random", 0.8), ("random ranks, gated", "random", 0.9), ("random ranks, gated", "random", 0.8)]
+        ("GateSkip", "none", 1.0),
+        ("GateSkip", "frozen", 0.9),
+        ("GateSkip", "frozen", 0.8),
+        ("dense", "none", 1.0),
+        ("random, dense", "random", 0.9),
+        ("random, dense", "random", 0.8),
+        ("random ranks, gated", "random", 0.9),
+        ("random ranks, gated", "random", 0.8),
+    ]
     by = {(r["row"], r["budget"]): r for r in rows}
-    assert by["GateSkip", 1.0]["skipped"] == by["dense", 1.0]["skipped"] == by["dense", 1.0]["macs_saved"] == 0 > by["GateSkip", 1.0]["macs_saved"]
+    assert (
+        by["GateSkip", 1.0]["skipped"]
+        == by["dense", 1.0]["skipped"]
+        == by["dense", 1.0]["macs_saved"]
+        == 0
+        > by["GateSkip", 1.0]["macs_saved"]
+    )
     for name in ("random, dense", "random ranks, gated"):
-        assert by[name, 0.8]["skipped"] == pytest.approx(0.2, abs=0.03) and by[name, 0.9]["skipped"] == pytest.approx(0.1, abs=0.03)
+        assert by[name, 0.8]["skipped"] == pytest.approx(0.2, abs=0.03) and by[name, 0.9]["skipped"] == pytest.approx(
+            0.1, abs=0.03
+        )
     assert by["random, dense", 0.8]["macs_saved"] > 0.05
     model, tokenizer = load_model(folders["gated"]), load_tokenizer(folders["gated"])
     problems = arithmetic(5, "test")                             # what the GateSkip row at 0.8 must have done
-    parts = [generate(model, [encode_prompt(tokenizer, p.question) for p in batch], 6,
-                      make_policy(model.config, "frozen", 0.8), {1}).savings.report() for batch in (problems[:3], problems[3:])]
-    assert by["GateSkip", 0.8]["macs_saved"] == pytest.approx(1 - sum(s["macs"] for s in parts) / sum(s["macs_dense"] for s in parts))
-    assert by["GateSkip", 0.8]["skipped"] == pytest.approx(sum(s["pairs"] * s["skipped"] for s in parts) / sum(s["pairs"] for s in parts))
+    parts = [
+        generate(
+            model,
+            [encode_prompt(tokenizer, p.question) for p in batch],
+            6,
+            make_policy(model.config, "frozen", 0.8),
+            {1},
+        ).savings.report()
+        for batch in (problems[:3], problems[3:])
+    ]
+    assert by["GateSkip", 0.8]["macs_saved"] == pytest.approx(
+        1 - sum(s["macs"] for s in parts) / sum(s["macs_dense"] for s in parts)
+    )
+    assert by["GateSkip", 0.8]["skipped"] == pytest.approx(
+        sum(s["pairs"] * s["skipped"] for s in parts) / sum(s["pairs"] for s in parts)
+    )
 
     assert result["settings"]["budgets"] == [1.0, 0.9, 0.8] and result["at_exactly"] == list(TARGETS)
     for name, values in result["interpolated"].items():
@@ -145,7 +214,10 @@ def test_the_rows(folders, tmp_path, capsys):
         for part in (r, r["prompt"], r["answer"]):               # the three numbers, for all tokens and apart
             assert f"{100 * part['skipped']:7.1f}" in line_of(r) and f"{100 * part['macs_saved']:+7.1f}" in line_of(r)
         assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:7.1%} ({r['stderr']:4.1%})")
-    assert "dense                     0.0%      -      -      -      -      -\n" in printed and "5 problems of arithmetic" in printed
+    assert (
+        "dense                     0.0%      -      -      -      -      -\n" in printed
+        and "5 problems of arithmetic" in printed
+    )
 
 
 def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
@@ -157,8 +229,21 @@ def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         if rows:
             assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows
-        rows.append(dict(row=name, policy=policy.kind, budget=budget, n=5, accuracy=0.5, stderr=0.1, flexible=0.5, skipped=1 - budget, skipped_per_call=0.0,
-                         macs_saved=0.0, seconds=0.1))
+        rows.append(
+            dict(
+                row=name,
+                policy=policy.kind,
+                budget=budget,
+                n=5,
+                accuracy=0.5,
+                stderr=0.1,
+                flexible=0.5,
+                skipped=1 - budget,
+                skipped_per_call=0.0,
+                macs_saved=0.0,
+                seconds=0.1,
+            )
+        )
         return rows[-1]
     monkeypatch.setattr(eval_gsm8k, "run_row", spoilt)
     with pytest.raises(KeyboardInterrupt):
@@ -183,13 +268,22 @@ def test_results_go_beside_a_local_model(folders, tmp_path, monkeypatch):
 
 
 def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
-    """A comparison that draws the other run's baselines too, or mixes the rows into this run's table; a foreign file with a traceback."""
+    """A comparison that draws the other run's baselines too, or mixes the rows into this run's table; a foreign file
+    with a traceback."""
     drawn = []
-    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], round(r["skipped"], 1)) for r in rows]))
+    monkeypatch.setattr(
+        eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], round(r["skipped"], 1)) for r in rows])
+    )
     row = {"row": "GateSkip", "budget": 0.9, "skipped": 0.1, "accuracy": 0.5, "stderr": 0.1, "macs_saved": 0.0, "n": 5}
-    (tmp_path / "other.json").write_text(json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]}))
+    (tmp_path / "other.json").write_text(
+        json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]})
+    )
     result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(tmp_path / "other.json"))
-    assert drawn == [[(f"GateSkip, {folders['gated'].name}", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]] and len(result["rows"]) == 2
+    assert (
+        drawn
+        == [[(f"GateSkip, {folders['gated'].name}", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]]
+        and len(result["rows"]) == 2
+    )
     for bad in ('{"rows": []}', "[]", "{", '{"settings": {"model": "x"}, "rows": [{"row": "GateSkip"}]}'):
         (tmp_path / "other.json").write_text(bad)
         with pytest.raises(InputError, match="other.json"):
@@ -200,7 +294,9 @@ def test_no_picture_without_matplotlib(folders, tmp_path, monkeypatch, capsys):
     """A traceback after hours of evaluation because matplotlib is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot([], tmp_path / "eval.png")
-    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n" and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_questions_of_a_file(folders, tmp_path, monkeypatch):
@@ -211,27 +307,45 @@ def test_questions_of_a_file(folders, tmp_path, monkeypatch):
     tokenizer, golds = load_tokenizer(folders["gated"]), [row["answer"].split("#### ")[1] for row in rows]
 
     def right(model, prompts, *_):
-        asked = [next(i for i, row in enumerate(rows) if encode_prompt(tokenizer, row["question"]) == p) for p in prompts]
-        return Generation([tokenizer.encode(f"#### {golds[i]}", add_special_tokens=False).ids for i in asked], generate(model, [[5]], 1).savings, [])
+        asked = [
+            next(i for i, row in enumerate(rows) if encode_prompt(tokenizer, row["question"]) == p) for p in prompts
+        ]
+        return Generation(
+            [tokenizer.encode(f"#### {golds[i]}", add_special_tokens=False).ids for i in asked],
+            generate(model, [[5]], 1).savings,
+            [],
+        )
     monkeypatch.setattr(eval_gsm8k, "generate", right)
     result = evaluate(folders, tmp_path, "--budgets", "1", data=tmp_path / "test.jsonl", limit=3)["rows"][0]
     assert (result["n"], result["accuracy"], result["flexible"], result["stderr"]) == (3, 1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    (dict(budgets=0), "budget 0.0"), (dict(budgets="nan"), "budget nan"), (dict(limit=0), "--limit"), (dict(batch_size=0), "--batch-size"),
-    (dict(max_new_tokens=0), "--max-new-tokens"), (dict(data="gone.jsonl"), "gone.jsonl"), (dict(model="gone"), "gone does not exist"),
-    (dict(budgets=0.5), "smallest calibrated"), (dict(max_new_tokens=600), "--max-new-tokens 600: lower it"),
-])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (dict(budgets=0), "budget 0.0"),
+        (dict(budgets="nan"), "budget nan"),
+        (dict(limit=0), "--limit"),
+        (dict(batch_size=0), "--batch-size"),
+        (dict(max_new_tokens=0), "--max-new-tokens"),
+        (dict(data="gone.jsonl"), "gone.jsonl"),
+        (dict(model="gone"), "gone does not exist"),
+        (dict(budgets=0.5), "smallest calibrated"),
+        (dict(max_new_tokens=600), "--max-new-tokens 600: lower it"),
+    ],
+)
 def test_bad_flags_are_told_in_one_line(folders, tmp_path, flags, complaint):
     """A table of something else than asked, or a traceback."""
     with pytest.raises(InputError) as error:
         evaluate(folders, tmp_path / "out", **flags)
-    assert complaint in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out" / "eval.json").exists()
+    assert (
+        complaint in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out" / "eval.json").exists()
+    )
 
 
 def test_nothing_is_measured_before_every_budget_is_known_to_run(folders, tmp_path):
-    """A table that ends in an error at its last budget, over the complete one of an earlier run; default budgets that fail by default."""
+    """A table that ends in an error at its last budget, over the complete one of an earlier run; default budgets that
+    fail by default."""
     before = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9")
     with pytest.raises(InputError, match="smallest calibrated"):
         evaluate(folders, tmp_path, "--budgets", "1.0", "0.3")

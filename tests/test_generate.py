@@ -13,7 +13,7 @@ import torch
 import generate as program
 from conftest import DEVICES, build, frozen, gemma, llama, tokens
 from data import arithmetic, encode_prompt
-from console import InputError, pick_device
+from console import InputError
 from gates import GateConfig, SkipPolicy
 from generate import COLOURS, GLYPHS, Sampling, generate, legend, main, shade
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
@@ -21,7 +21,9 @@ from savings import count_macs
 from thresholds import calibrate, make_policy, thresholds_at
 
 ROOT = Path(__file__).parents[1]
-TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+TOY = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)
 TRAINED = dict(skip="all", kv="copy_up", budget_start=1.0, budget_end=0.8, schedule="linear")
 LENGTHS = (3, 9, 1, 6)
 
@@ -55,12 +57,19 @@ def derived(folder, path, config=lambda raw: None, weights=lambda name: True):
 @pytest.fixture(scope="module")
 def dense(folder, tmp_path_factory):
     """The same model without gates."""
-    return derived(folder, tmp_path_factory.mktemp("dense") / "model", lambda raw: raw.pop("gateskip"), lambda name: "_gate." not in name)
+    return derived(
+        folder,
+        tmp_path_factory.mktemp("dense") / "model",
+        lambda raw: raw.pop("gateskip"),
+        lambda name: "_gate." not in name,
+    )
 
 
 @pytest.fixture(scope="module")
 def uncalibrated(folder, tmp_path_factory):
-    return derived(folder, tmp_path_factory.mktemp("uncalibrated") / "model", lambda raw: raw["gateskip"].pop("thresholds"))
+    return derived(
+        folder, tmp_path_factory.mktemp("uncalibrated") / "model", lambda raw: raw["gateskip"].pop("thresholds")
+    )
 
 
 def prompts_of(lengths=LENGTHS, seed=5):
@@ -116,7 +125,8 @@ def test_greedy_equals_a_loop_without_a_cache(family, kv):
 
 @pytest.mark.parametrize("kind", ["none", "frozen"])
 def test_finished_sequences_leave(monkeypatch, kind):
-    """Sequences that run on after their end, take others with them, or whose cache rows are left to their neighbours."""
+    """Sequences that run on after their end, take others with them, or whose cache rows are left to their
+    neighbours."""
     model = build(llama())
     policy = frozen(model, tokens(4, 12)) if kind == "frozen" else None
     endless = generate(model, prompts_of(), 8, policy).tokens
@@ -150,7 +160,8 @@ def test_batch_policy_skips_nothing_in_a_single_stream():
 
 
 def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
-    """Padding counted as skipped, finished sequences counted as run, averages of averages; prompt and answer mixed up."""
+    """Padding counted as skipped, finished sequences counted as run, averages of averages; prompt and answer mixed
+    up."""
     model = build(llama())
     ends = {generate(model, prompts_of(), 7).tokens[1][2]}
     with monkeypatch.context() as m:
@@ -159,7 +170,9 @@ def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
         traces = traces[1:]                                      # the first call was frozen()'s own
     counted = {}
     for call, trace in enumerate(traces):
-        part = counted.setdefault("answer" if call else "prompt", dict(pairs=0, skipped=0, shares=[], calls=0, macs=0, dense=0))
+        part = counted.setdefault(
+            "answer" if call else "prompt", dict(pairs=0, skipped=0, shares=[], calls=0, macs=0, dense=0)
+        )
         for keep in trace.keep:
             real = [k for keeps, valids in zip(keep.tolist(), trace.valid.tolist()) for k, v in zip(keeps, valids) if v]
             part["pairs"] += len(real)
@@ -194,7 +207,8 @@ def test_tokens_are_announced_in_order():
 
 
 def test_what_cannot_be_generated_is_refused():
-    """Reading beyond the last position, an empty batch, a traceback for an empty prompt; a limit that is one too strict."""
+    """Reading beyond the last position, an empty batch, a traceback for an empty prompt; a limit that is one too
+    strict."""
     model = build(llama(max_position_embeddings=12))
     assert len(generate(model, prompts_of([9, 3]), 3).tokens[1]) == 3
     with pytest.raises(InputError, match="a prompt of 9 tokens and 4 new ones exceed the model's 12 positions"):
@@ -223,14 +237,29 @@ def reference(logits, temperature, top_k, top_p):
     return np.array([kept.get(i, 0.0) for i in range(len(logits))]) / sum(kept.values())
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.6), (1.0, 0, 0.01),
-                                                       (0.7, 3, 0.9), (1.0, 1, 1.0), (1.0, 99, 0.97), (1.0, 2, 0.6)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (2.0, 3, 1.0),
+        (1.0, 0, 0.6),
+        (1.0, 0, 0.01),
+        (0.7, 3, 0.9),
+        (1.0, 1, 1.0),
+        (1.0, 99, 0.97),
+        (1.0, 2, 0.6),
+    ],
+)
 def test_samples_follow_the_distribution(temperature, top_k, top_p):
-    """Top-p that drops the token which crosses it (or keeps one more), cuts before the temperature, ids in sorted order."""
+    """Top-p that drops the token which crosses it (or keeps one more), cuts before the temperature, ids in sorted
+    order."""
     logits = np.log([0.05, 0.3, 0.02, 0.5, 0.13])
     expected = reference(logits, temperature, top_k, top_p)
     n = 20_000
-    drawn = Sampling(temperature, top_k, top_p, torch.Generator().manual_seed(0)).draw(torch.tensor(logits).expand(n, -1))
+    drawn = Sampling(temperature, top_k, top_p, torch.Generator().manual_seed(0)).draw(
+        torch.tensor(logits).expand(n, -1)
+    )
     share = np.bincount(drawn.numpy(), minlength=5) / n
     assert ((share > 0) == (expected > 0)).all()
     assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-12).all(), (share, expected)
@@ -239,7 +268,9 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p):
 def test_sampling_is_seeded_and_greedy_is_not_random():
     """A generator that is not used: the same command prints another text each time."""
     model = build(llama())
-    draw = lambda seed, **how: generate(model, prompts_of(), 6, sampling=Sampling(generator=torch.Generator().manual_seed(seed), **how)).tokens
+    draw = lambda seed, **how: generate(
+        model, prompts_of(), 6, sampling=Sampling(generator=torch.Generator().manual_seed(seed), **how)
+    ).tokens
     assert draw(1, temperature=2.0) == draw(1, temperature=2.0) != draw(2, temperature=2.0)
     assert draw(1) == draw(2) == draw(1, temperature=2.0, top_k=1) == draw(2, temperature=2.0, top_p=1e-6)
     assert Sampling(1e-3).draw(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16)).tolist() == [1]
@@ -256,8 +287,16 @@ def test_policy_for_a_model(folder, dense, uncalibrated, capsys):
     assert "budget 0.85 is not among the calibrated (1.0, 0.9, 0.7): thresholds interpolated" in capsys.readouterr().err
     assert make_policy(calibrated, "auto", 0.9).thresholds == calibrated.gateskip["thresholds"]["0.9"]
     assert make_policy(calibrated, "batch", 0.85, kv="dense").kv == "dense" and capsys.readouterr().err == ""
-    assert make_policy(raw, "auto", 0.85).kind == "batch" and "skips nothing in a decoding step of a single stream" in capsys.readouterr().err
-    assert make_policy(plain, "auto", 1.0).kind == make_policy(calibrated, "frozen", 1.0).kind == make_policy(calibrated, "none", 0.5).kind == "none"
+    assert (
+        make_policy(raw, "auto", 0.85).kind == "batch"
+        and "skips nothing in a decoding step of a single stream" in capsys.readouterr().err
+    )
+    assert (
+        make_policy(plain, "auto", 1.0).kind
+        == make_policy(calibrated, "frozen", 1.0).kind
+        == make_policy(calibrated, "none", 0.5).kind
+        == "none"
+    )
     a, b, c = (make_policy(plain, "random", 0.5, seed=seed) for seed in (1, 1, 2))
     masks = [p.keep(0, None, torch.ones(1, 64, dtype=torch.bool)) for p in (a, b, c)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
@@ -266,12 +305,15 @@ def test_policy_for_a_model(folder, dense, uncalibrated, capsys):
 def test_policy_that_cannot_be(folder, dense, uncalibrated, capsys):
     """Thresholds used under settings they were not made for, or silently replaced by something else."""
     for source, kind, budget, settings, complaint in (
-            (folder, "auto", 0.85, dict(kv="dense"), "calibrated with --skip all --kv copy_up, not --skip all --kv dense"),
-            (folder, "frozen", 0.85, dict(skip="attn"), "not --skip attn --kv copy_up"),
-            (folder, "auto", 0.5, {}, "budget 0.5 is below the smallest calibrated one, 0.7"),
-            (uncalibrated, "frozen", 0.85, {}, "--policy frozen: this model is not calibrated"),
-            (dense, "auto", 0.85, {}, "has no gates"), (dense, "topk", 0.85, {}, "has no gates"),
-            (folder, "auto", float("nan"), {}, "budget nan"), (folder, "none", 0.0, {}, "budget 0.0")):
+        (folder, "auto", 0.85, dict(kv="dense"), "calibrated with --skip all --kv copy_up, not --skip all --kv dense"),
+        (folder, "frozen", 0.85, dict(skip="attn"), "not --skip attn --kv copy_up"),
+        (folder, "auto", 0.5, {}, "budget 0.5 is below the smallest calibrated one, 0.7"),
+        (uncalibrated, "frozen", 0.85, {}, "--policy frozen: this model is not calibrated"),
+        (dense, "auto", 0.85, {}, "has no gates"),
+        (dense, "topk", 0.85, {}, "has no gates"),
+        (folder, "auto", float("nan"), {}, "budget nan"),
+        (folder, "none", 0.0, {}, "budget 0.0"),
+    ):
         with pytest.raises(InputError) as error:
             make_policy(load_model(source).config, kind, budget, **settings)
         assert complaint in str(error.value) and "\n" not in str(error.value)
@@ -280,21 +322,11 @@ def test_policy_that_cannot_be(folder, dense, uncalibrated, capsys):
     assert capsys.readouterr().err == "warning: budget 0.7 is below 0.8, the lowest this model was trained for\n"
 
 
-def test_device_and_reason_are_said(capsys, monkeypatch):
-    """A run on another device than one thinks."""
-    assert pick_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    assert capsys.readouterr().err.startswith("device: cpu (asked for); bfloat16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device()[0].type == "cpu" and "(no GPU here)" in capsys.readouterr().err
-    for name in ("abacus", "cuda", "mps"):
-        with pytest.raises(InputError, match=f"--device {name}"):
-            pick_device(name)
-
-
 # What was skipped, to look at.
 
 def test_shades():
-    """A shade on the wrong side of its border, colours that run on to the end of a line, tokens that were never run shaded."""
+    """A shade on the wrong side of its border, colours that run on to the end of a line, tokens that were never run
+    shaded."""
     shares = [0.0, 0.59, 0.6, 0.75, 0.8, 0.95]
     plain = shade(list("abcdef") + ["new"], shares, colour=False)
     assert plain == "".join(c + g for c, g in zip("abcdef", [GLYPHS[i] for i in (0, 0, 1, 2, 3, 4)])) + "new"
@@ -319,7 +351,8 @@ def expected(folder, texts, budget=0.85, n=12, **how):
 
 
 def test_streamed_text_is_the_decoded_text(folder, capsys):
-    """Text that is lost, doubled, or decoded token by token; numbers that are not this run's; a default budget other than 0.85."""
+    """Text that is lost, doubled, or decoded token by token; numbers that are not this run's; a default budget other
+    than 0.85."""
     assert main(words(folder, "--prompt", "Tom has 12 eggs")) == 0
     printed = capsys.readouterr()
     tokenizer, result = expected(folder, ["Tom has 12 eggs"])
@@ -330,7 +363,8 @@ def test_streamed_text_is_the_decoded_text(folder, capsys):
 
 
 def test_a_character_of_several_tokens_waits_until_it_is_whole(folder, capsys, monkeypatch):
-    """Question marks in the stream where a letter of another alphabet comes in two tokens; a torn one at the end that is lost."""
+    """Question marks in the stream where a letter of another alphabet comes in two tokens; a torn one at the end that
+    is lost."""
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("naïve 5 €", add_special_tokens=False).ids
     assert len(ids) > 9
@@ -355,7 +389,9 @@ def test_several_prompts_and_questions(folder, capsys):
     assert main(words(folder, "--prompt", "Tom has", "--question", "How many?", "--prompt", "x", budget=1.0)) == 0
     texts = ["Tom has", "Question: How many?\nAnswer:", "x"]
     tokenizer, result = expected(folder, texts, 1.0)
-    blocks = "".join(f"--- {i}\n{text}{tokenizer.decode(new)}\n" for i, (text, new) in enumerate(zip(texts, result.tokens), 1))
+    blocks = "".join(
+        f"--- {i}\n{text}{tokenizer.decode(new)}\n" for i, (text, new) in enumerate(zip(texts, result.tokens), 1)
+    )
     assert capsys.readouterr().out.startswith(blocks + "\nnone, budget 1.0: skipped 0.0% ")
     assert encode_prompt(tokenizer, "How many?") == tokenizer.encode(texts[1]).ids
 
@@ -378,7 +414,10 @@ def test_show_compute(folder, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     tokenizer, result = expected(folder, ["Tom has 12 eggs"], 0.75)
     command = words(folder, "--prompt", "Tom has 12 eggs", "--show-compute", budget=0.75)
-    pieces = [tokenizer.decode([t], skip_special_tokens=False) for t in tokenizer.encode("Tom has 12 eggs").ids + result.tokens[0]]
+    pieces = [
+        tokenizer.decode([t], skip_special_tokens=False)
+        for t in tokenizer.encode("Tom has 12 eggs").ids + result.tokens[0]
+    ]
     plain, colourful = (shade(pieces, result.ran[0], colour) for colour in (False, True))
     assert plain.startswith("<bos>") and len(set(result.ran[0])) > 2
     assert main(command) == 0
@@ -398,27 +437,60 @@ def test_flags_arrive(folder, dense, capsys, monkeypatch):
         asked.append((policy, rest["compute"], model.lm_head.weight.dtype, n))
         return real(model, prompts, n, policy, **rest)
     monkeypatch.setattr(program, "generate", spy)
-    for name, more, flags in (("greedy", [], {}), ("hot", [], dict(temperature=3.0)), ("again", [], dict(temperature=3.0)),
-                              ("seed", [], dict(temperature=3.0, seed=1)), ("k", [], dict(temperature=3.0, top_k=1)), ("p", [], dict(temperature=3.0, top_p=1e-9)),
-                              ("random", [], dict(policy="random")), ("bf16", [], dict(dtype="bfloat16")), ("masked", [], dict(compute="masked")),
-                              ("none", [], dict(policy="none")), ("dense", [], dict(model=dense)), ("mlp", [], dict(policy="batch", skip="mlp", kv="dense"))):
+    for name, more, flags in (
+        ("greedy", [], {}),
+        ("hot", [], dict(temperature=3.0)),
+        ("again", [], dict(temperature=3.0)),
+        ("seed", [], dict(temperature=3.0, seed=1)),
+        ("k", [], dict(temperature=3.0, top_k=1)),
+        ("p", [], dict(temperature=3.0, top_p=1e-9)),
+        ("random", [], dict(policy="random")),
+        ("bf16", [], dict(dtype="bfloat16")),
+        ("masked", [], dict(compute="masked")),
+        ("none", [], dict(policy="none")),
+        ("dense", [], dict(model=dense)),
+        ("mlp", [], dict(policy="batch", skip="mlp", kv="dense")),
+    ):
         assert main(words(folder, "--prompt", "Tom has 12 eggs", *more, **{"max_new_tokens": 30, **flags})) == 0
         outputs[name] = capsys.readouterr().out
     seen = dict(zip(outputs, asked))
     assert {n for _, _, _, n in asked} == {30} and (seen["mlp"][0].skip, seen["mlp"][0].kv) == ("mlp", "dense")
-    assert [name for name in seen if seen[name][1] == "masked"] == ["masked"] and [name for name in seen if seen[name][2] == torch.bfloat16] == ["bf16"]
+    assert [name for name in seen if seen[name][1] == "masked"] == ["masked"] and [
+        name for name in seen if seen[name][2] == torch.bfloat16
+    ] == ["bf16"]
     text = {name: out.rpartition("\n\n")[0] for name, out in outputs.items()}
-    assert text["hot"] == text["again"] != text["seed"] and text["k"] == text["p"] == text["greedy"] == text["masked"] != text["hot"]
-    assert "random, budget 0.85" in outputs["random"] and "none, budget 1.0" in outputs["dense"] and "batch, budget 0.85" in outputs["mlp"]
+    assert (
+        text["hot"] == text["again"] != text["seed"]
+        and text["k"] == text["p"] == text["greedy"] == text["masked"] != text["hot"]
+    )
+    assert (
+        "random, budget 0.85" in outputs["random"]
+        and "none, budget 1.0" in outputs["dense"]
+        and "batch, budget 0.85" in outputs["mlp"]
+    )
     assert "MACs saved if run compact" in outputs["masked"] and "if run compact" not in outputs["greedy"]
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    (dict(budget=0), "budget 0.0 is outside"), (dict(budget=1.5), "budget 1.5"), (dict(budget="nan"), "budget nan"), (dict(budget=-1), "budget -1.0"),
-    (dict(budget="inf"), "budget inf"), (dict(max_new_tokens=0), "--max-new-tokens"), (dict(temperature=-1), "--temperature"), (dict(temperature="nan"), "--temperature"),
-    (dict(top_k=-1), "--top-k"), (dict(top_p=0), "--top-p"), (dict(top_p="nan"), "--top-p"), (dict(max_new_tokens=600), "positions"),
-    (dict(budget=0.6), "smallest calibrated"), (dict(kv="dense"), "calibrated with"), (dict(model="missing"), "missing does not exist"),
-])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (dict(budget=0), "budget 0.0 is outside"),
+        (dict(budget=1.5), "budget 1.5"),
+        (dict(budget="nan"), "budget nan"),
+        (dict(budget=-1), "budget -1.0"),
+        (dict(budget="inf"), "budget inf"),
+        (dict(max_new_tokens=0), "--max-new-tokens"),
+        (dict(temperature=-1), "--temperature"),
+        (dict(temperature="nan"), "--temperature"),
+        (dict(top_k=-1), "--top-k"),
+        (dict(top_p=0), "--top-p"),
+        (dict(top_p="nan"), "--top-p"),
+        (dict(max_new_tokens=600), "positions"),
+        (dict(budget=0.6), "smallest calibrated"),
+        (dict(kv="dense"), "calibrated with"),
+        (dict(model="missing"), "missing does not exist"),
+    ],
+)
 def test_bad_flags_are_told_in_one_line(folder, flags, complaint):
     """A traceback, or worse: a text that was generated with something else than asked."""
     with pytest.raises(InputError) as error:
@@ -434,8 +506,16 @@ def test_nothing_to_do(folder):
 
 def test_the_program_exits_with_one_line(folder, tmp_path):
     """An exit code of 0 after an error, or a traceback in place of the line."""
-    run = lambda *command: subprocess.run([sys.executable, ROOT / "generate.py", *map(str, command)], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    run = lambda *command: subprocess.run(
+        [sys.executable, ROOT / "generate.py", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
+    )
     bad = run("--model", folder, "--prompt", "x", "--budget", "0.6", "--device", "cpu")
     assert bad.returncode == 1 and bad.stdout == ""
     device, error = bad.stderr.splitlines()
-    assert device.startswith("device: cpu") and error.startswith("error: budget 0.6 is below the smallest calibrated one, 0.7")
+    assert device.startswith("device: cpu") and error.startswith(
+        "error: budget 0.6 is below the smallest calibrated one, 0.7"
+    )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import by_hand
 from conftest import (VOCAB, Synchronisations, both_kv, both_ways, build, close_in_float32, families, frozen, gemma,
                       given, gradients, in_float32, llama, mixed, new_cache, on_devices, padding, same, same_masks,
                       tokens)
@@ -115,7 +116,7 @@ def test_fresh_model_starts_small():
         assert logits.std() < 1 and min(s.min() for s in trace.scores) > 0.9
 
 
-# A hand-written loop over tokens and layers.
+# The loops of by_hand.py.
 
 GATES = [None, GateConfig(), GateConfig("scalar"), GateConfig(arch="lowrank", rank=3), GateConfig(arch="mlp"),
          GateConfig("scalar", "mlp"), GateConfig(shared=True), GateConfig(input="residual"),
@@ -123,73 +124,17 @@ GATES = [None, GateConfig(), GateConfig("scalar"), GateConfig(arch="lowrank", ra
          GateConfig("scalar", input="residual", placement="before", shared=True, detach=True)]
 
 
-def norm_by_hand(x, w, eps):
-    return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + eps) * w
+class Given:
+    """In a threshold's place in the loops: who passes is not decided but recorded."""
 
+    def __init__(self, mask):
+        self.skips, self.passes = iter([not keep for keep in mask]), iter(mask)
 
-def rotate_by_hand(x, position, theta):
-    """x (heads, D): channels d and d + D/2 are a complex number, turned by position * theta^(-2d/D)."""
-    D = x.shape[1]
-    pairs = torch.complex(x[:, :D // 2].contiguous(), x[:, D // 2:].contiguous())
-    angles = torch.tensor([position * theta ** (-2 * d / D) for d in range(D // 2)])
-    turned = pairs * torch.complex(angles.cos().double(), angles.sin().double())
-    return torch.cat([turned.real, turned.imag], dim=1)
+    def __ge__(self, _):                                         # g_bar[i] <= tau
+        return next(self.skips)
 
-
-def by_hand(model, ids, decide, kv):
-    """One token after the other through one layer after the other: no batch, no mask, no model code, only weights.
-
-    decide(token, branch, score) -> keep. Returns logits, {(layer, token): (K, V)}, {(branch, token): keep}.
-    """
-    w, c, g = {name: p.detach() for name, p in model.named_parameters()}, model.config, model.config.gate
-    K, keeps, logits = {}, {}, []
-
-    def gate(layer, kind, x, h):
-        if g is None:
-            return torch.ones(1, dtype=torch.float64), None
-        name = f"model.{kind}_gate" if g.shared else f"model.layers.{layer}.{kind}_gate"
-        z = h if g.input == "residual" else x
-        if g.arch == "mlp":
-            z = (w[f"{name}.inner.weight"] @ z + w[f"{name}.inner.bias"]).clamp(min=0)
-        if g.arch == "lowrank":
-            z = w[f"{name}.inner.weight"] @ z
-        value = 1 / (1 + torch.exp(-(w[f"{name}.out.weight"] @ z + w[f"{name}.out.bias"])))
-        return value, float(sum(value) / len(value))
-
-    for t, token in enumerate(ids):
-        h = w["model.embed_tokens.weight"][token]
-        for l in range(c.num_hidden_layers):
-            p = f"model.layers.{l}."
-            x = norm_by_hand(h, w[p + "input_layernorm.weight"], c.rms_norm_eps)
-            value, score = gate(l, "self_attn", x, h)
-            keep = keeps[2 * l, t] = decide(t, 2 * l, score)
-            before = g is not None and g.placement == "before"
-            x = x * value if before else x
-            if keep or l == 0 or kv == "dense":
-                k = rotate_by_hand((w[p + "self_attn.k_proj.weight"] @ x).view(-1, c.head_dim), t, c.rope_theta)
-                K[l, t] = k, (w[p + "self_attn.v_proj.weight"] @ x).view(-1, c.head_dim)
-            else:
-                K[l, t] = K[l - 1, t]                            # section 3.3: copied up from the layer below
-            if keep:
-                q = rotate_by_hand((w[p + "self_attn.q_proj.weight"] @ x).view(-1, c.head_dim), t, c.rope_theta)
-                heads = []
-                for head in range(c.num_attention_heads):
-                    shared = head * c.num_key_value_heads // c.num_attention_heads
-                    weights = [math.exp(float(q[head] @ K[l, j][0][shared]) / math.sqrt(c.head_dim))
-                               for j in range(t + 1)]
-                    heads.append(sum(a / sum(weights) * K[l, j][1][shared] for j, a in enumerate(weights)))
-                out = w[p + "self_attn.o_proj.weight"] @ torch.cat(heads)
-                h = h + (out if before else value * out)
-            x = norm_by_hand(h, w[p + "post_attention_layernorm.weight"], c.rms_norm_eps)
-            value, score = gate(l, "mlp", x, h)
-            keep = keeps[2 * l + 1, t] = decide(t, 2 * l + 1, score)
-            if keep:
-                x = x * value if before else x
-                a = w[p + "mlp.gate_proj.weight"] @ x
-                out = w[p + "mlp.down_proj.weight"] @ (a / (1 + torch.exp(-a)) * (w[p + "mlp.up_proj.weight"] @ x))
-                h = h + (out if before else value * out)
-        logits.append(w["model.embed_tokens.weight"] @ norm_by_hand(h, w["model.norm.weight"], c.rms_norm_eps))
-    return torch.stack(logits), K, keeps
+    def __lt__(self, _):                                         # score > tau
+        return next(self.passes)
 
 
 def hand_config(gate=GateConfig(), **changes):
@@ -209,16 +154,17 @@ def test_runs_of_skips_copy_up_through_the_whole_run(compute, device):
     for token, layers in skips.items():
         for layer in layers:
             masks[2 * layer][0, token] = False
-    decide = lambda t, branch, _: bool(masks[branch][0, t])
-    hand, K, _ = by_hand(copy.deepcopy(model).cpu(), ids[0].tolist(), decide, "copy_up")
+    taus = [Given(m[0].tolist()) for m in masks]
+    hand, _, _, KV = by_hand.forward(copy.deepcopy(model).cpu(), ids[0].tolist(), thresholds=taus)
     for cuts in ([0, 5], [0, 2, 5], range(6)):
         cache, parts = new_cache(model, 1, 5), []
         for a, b in zip(cuts, cuts[1:]):
             parts.append(model(ids[:, a:b], cache=cache, policy=given([m[:, a:b] for m in masks]), compute=compute)[0])
         same(torch.cat(parts, dim=1)[0].cpu(), hand)
-        for (layer, t), (k, v) in K.items():
-            same(cache.k[layer][0, :, t].cpu(), k)
-            same(cache.v[layer][0, :, t].cpu(), v)
+        for layer, positions in enumerate(KV):
+            for t, (k, v) in enumerate(positions):
+                same(cache.k[layer][0, :, t].cpu(), torch.stack(k))
+                same(cache.v[layer][0, :, t].cpu(), torch.stack(v))
         at = lambda layer, t: cache.k[layer][0, :, t]
         assert torch.equal(at(1, 1), at(0, 1)) and torch.equal(at(3, 1), at(0, 1)) and torch.equal(at(2, 2), at(0, 2))
         assert not torch.equal(at(3, 2), at(2, 2)) and not torch.equal(at(1, 3), at(0, 3))
@@ -241,15 +187,13 @@ def test_frozen_skipping_equals_the_loop_by_hand(gate, kv, compute, device):
     mixed(trace.keep, valid)
     plain = copy.deepcopy(model).cpu()
     for row, n in enumerate(lengths):
-        decide = lambda t, branch, score: score > policy.thresholds[branch]
-        hand, K, keeps = by_hand(plain, ids[row, 8 - n:].tolist(), decide, kv)
-        expected = [[keeps[branch, t] for t in range(n)] for branch in range(6)]
-        assert [m[row, 8 - n:].tolist() for m in trace.keep] == expected
+        hand, _, keep, KV = by_hand.forward(plain, ids[row, 8 - n:].tolist(), thresholds=policy.thresholds, kv=kv)
+        assert [m[row, 8 - n:].tolist() for m in trace.keep] == keep
         same(logits[row, 8 - n:].cpu(), hand)
         for layer in range(3):
             for t in range(n):
-                same(cache.k[layer][row, :, t].cpu(), K[layer, t][0])
-                same(cache.v[layer][row, :, t].cpu(), K[layer, t][1])
+                same(cache.k[layer][row, :, t].cpu(), torch.stack(KV[layer][t][0]))
+                same(cache.v[layer][row, :, t].cpu(), torch.stack(KV[layer][t][1]))
             assert not cache.k[layer][row, :, n:].any() and not cache.v[layer][row, :, n:].any()
 
 

@@ -40,7 +40,8 @@ def readme_commands():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder that looks like the repository, in which every model is a toy and every data set a handful of problems."""
+    """A folder that looks like the repository, in which every model is a toy and every data set a handful of
+    problems."""
     shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
     folder = tmp_path / "examples" / "tiny-llama"
     folder.mkdir(parents=True)
@@ -77,9 +78,15 @@ def test_worked_example():
 def test_commands(checkout, monkeypatch):
     """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
     import layer_diff
-    mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main, "bench.py": bench.main,
-             "data.py": data.main, "by_hand.py": lambda argv: by_hand.main(),
-             "tests/layer_diff.py": layer_diff.main}
+    mains = {
+        "train.py": train.main,
+        "eval_gsm8k.py": eval_gsm8k.main,
+        "generate.py": generate.main,
+        "bench.py": bench.main,
+        "data.py": data.main,
+        "by_hand.py": lambda argv: by_hand.main(),
+        "tests/layer_diff.py": layer_diff.main,
+    }
     ran = []
     for line in readme_commands():
         program, *argv = shlex.split(line)
@@ -93,17 +100,30 @@ def test_commands(checkout, monkeypatch):
             extra = [] if "--dry-run" in argv else shlex.split(SMALL.get(script, ""))
             assert mains[script](argv + extra) in (0, None), line
         ran.append(program if program != "python" else script)
-    assert {"make", "hf", "train.py", "eval_gsm8k.py", "generate.py", "bench.py", "data.py", "tests/layer_diff.py"} <= set(ran)
+    assert {
+        "make",
+        "hf",
+        "train.py",
+        "eval_gsm8k.py",
+        "generate.py",
+        "bench.py",
+        "data.py",
+        "tests/layer_diff.py",
+    } <= set(ran)
 
 
 def test_every_flag_is_real():
     """Prose that names a flag which no command has."""
-    parsers = " ".join((ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py", "bench.py"))
+    parsers = " ".join(
+        (ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py", "bench.py")
+    )
     for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
         assert f'"{flag}"' in parsers, flag
 
 
 def test_pictures_and_files_exist():
     """A picture or a file that the README shows and the repository lacks."""
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"^\| `([\w./]+)` \|", README, flags=re.MULTILINE):
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(
+        r"^\| `([\w./]+)` \|", README, flags=re.MULTILINE
+    ):
         assert (ROOT / name).exists(), name

@@ -1,17 +1,21 @@
 """Tests of savings.py: the count of what a call executes, the three numbers of a run, the true sizes of the models."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import (Synchronisations, both_kv, build, everyone, families, frozen, llama, mask, new_cache, on_devices,
-                      padding, tokens)
+from conftest import (Synchronisations, both_kv, build, everyone, families, frozen, gemma, llama, mask, new_cache,
+                      on_devices, padding, tokens)
 from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig, Trace
 from rows import KVCache
-from savings import SHAPES, Savings, count_macs, macs_of
+from savings import SHAPES, Savings, count_macs, counts_table, macs_of, memory_on_paper
+
+ROOT = Path(__file__).parents[1]
 
 
 # One call.
@@ -247,3 +251,94 @@ def test_net_saving_on_llama_1b(form, kv, percent):
     report = savings.report()
     assert report["skipped"] == pytest.approx(0.15, abs=1e-9)
     assert 100 * report["macs_saved"] == pytest.approx(percent, abs=0.2)
+
+
+# Memory on paper.
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, new ones only."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.sizes, self.now = {t.untyped_storage()._cdata for t in known}, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        import weakref
+        out = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return out
+
+    def freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def activations(config, frozen=False, checkpointing=False, length=192):
+    """(bytes that autograd saves, bytes alive after the forward pass, what the formula says) of one masked step."""
+    model = build(config, dtype=torch.float32).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_("_gate." in name or not frozen)
+    ids, saved = tokens(1, length), {}
+    model(ids)                                                   # the rope table is there once and for all
+    live = Live([*model.parameters(), *model.rope])
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in live.known:
+            saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with live, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        policy = SkipPolicy("batch" if config.gate else "none", 0.8)
+        logits, trace = model(ids, policy=policy, places=torch.arange(4), checkpoint_blocks=checkpointing)
+    return (
+        sum(saved.values()),
+        live.now,
+        memory_on_paper(config, length, 4, frozen, checkpointing)["activations"],
+    )
+
+
+@pytest.mark.parametrize("family", [llama, gemma])
+@pytest.mark.parametrize("gate", [GateConfig(), GateConfig(form="scalar"), None], ids=["vector", "scalar", "none"])
+def test_memory_on_paper_is_what_autograd_keeps(family, gate):
+    """A README that promises a run which does not fit: a term forgotten or counted twice, without and with
+    recomputation."""
+    shape = dict(hidden_size=48, intermediate_size=144, head_dim=12)
+    few, many = family(gate, **shape, num_hidden_layers=2), family(gate, **shape, num_hidden_layers=6)
+    for checkpointing, measured in ((False, 0), (True, 1)):
+        a, b = activations(few, checkpointing=checkpointing), activations(many, checkpointing=checkpointing)
+        assert b[measured] - a[measured] == pytest.approx(b[2] - a[2], rel=0.04), checkpointing      # per layer
+        assert checkpointing or b[0] == pytest.approx(b[2], rel=0.04)                                # and in all
+    if gate is not None:
+        saved, _, paper = activations(many, frozen=True)
+        assert 0.5 * paper < saved <= paper
+
+
+# The table of counts.
+
+def test_counts_are_those_of_the_models():
+    """A table of parameters that drifts from the code: Table 13 of the paper is of no Llama-3.2-1B."""
+    lines = counts_table()[2:]
+    assert len(lines) == 3 * len(SHAPES)
+    forms = {"vector": GateConfig(), "scalar": GateConfig("scalar")}
+    for line in lines:
+        name, form, n_gates, share, of_block, saved = (cell.strip() for cell in line.strip("|").split("|"))
+        shape = replace(SHAPES[name], gate=forms.get(form, GateConfig(arch="lowrank")))
+        with torch.device("meta"):
+            every, plain = (sum(p.numel() for p in Model(c).parameters()) for c in (shape, SHAPES[name]))
+        assert n_gates == f"{every - plain:,}" and share == f"{(every - plain) / plain:.2%}"
+        H, I, D = shape.hidden_size, shape.intermediate_size, shape.head_dim
+        block = 2 * H * D * (shape.num_attention_heads + shape.num_key_value_heads) + 3 * H * I
+        assert of_block == f"{2 * shape.gate.macs(H) / block:.2%}"
+        if name == "llama-3.2-1b":                               # design figures, from an independent count
+            assert saved == {"vector": "+0.9% / +0.5%", "scalar": "+11.8% / +11.4%"}.get(form, "+11.6% / +11.2%")
+
+
+def test_the_readme_shows_the_counts():
+    """Figures in the README or NOTES.md that the command beside them no longer prints."""
+    table = counts_table()
+    assert "\n".join(table) in (ROOT / "NOTES.md").read_text(encoding="utf-8")
+    assert "\n".join(table[:5]) in (ROOT / "README.md").read_text(encoding="utf-8")      # of Llama-3.2-1B

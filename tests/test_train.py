@@ -1,361 +1,30 @@
-"""Tests of train.py: Algorithm 1 step by step, what a kill leaves on disk, resume, the variants, the end of a run.
-
-The model is a two-layer Llama of width 32 on the built-in problems; a run of a few steps takes half a second.
-"""
+"""Tests of train.py: Algorithm 1 step by step, the variants, bad input, the end of a run, what it needs."""
 import json
 import math
-import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import data
 import load_weights
-import savings
 import train
-from conftest import DEVICES, build, gemma, llama, tokens
+from conftest import DEVICES
 from console import InputError
-from gates import GRANULARITIES, GateConfig, SkipPolicy, budget_at, skippable_share, sparsity_loss
+from gates import GRANULARITIES, GateConfig, SkipPolicy, skippable_share, sparsity_loss
 from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
 from model import MLP, Model
 from thresholds import make_policy
+from toy_runs import (FLAGS, ROOT, SCHEDULES, ctrl_c, folder, last, metrics, run, small, state, unbroken)
 
-ROOT = Path(__file__).parents[1]
-TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-FLAGS = dict(data="arithmetic", steps=6, batch_size=2, seq_len=160, lr=1e-3, warmup=2, save_every=2, eval_limit=4, device="cpu")
-plot_metrics = checkpoint.plot_metrics
+pytestmark = pytest.mark.usefixtures("small", "ctrl_c")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """A short calibration at the end of every run: one budget beside the trained one, few sequences, few new tokens."""
-    with pytest.MonkeyPatch.context() as m:
-        for name, value in dict(BUDGETS=(0.9,), HELD_OUT=3, CONTINUE=4, plot_metrics=lambda out: None).items():
-            m.setattr(train, name, value)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """A run that ends in an error leaves its handler behind; a program would be gone by then."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pretrained model without gates."""
-    path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
-    shutil.copy(ROOT / "examples/tiny-llama/tokenizer.json", path)
-    torch.manual_seed(0)
-    save_model(new_model(path / "config.json"), path, load_tokenizer(path))
-    return path
-
-
-def run(folder, out, *switches, **flags):
-    """train.main on the model in folder; flags as keywords, switches such as --resume as they are."""
-    flags = {"model": folder, "out": out, **FLAGS, **flags}
-    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-    return train.main([*words, *switches])
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def last(out):
-    return out / (out / "latest").read_text().strip()
-
-
-def state(out):
-    """Everything that a run leaves: weights, optimizer and random state, metrics, config with its calibration."""
-    return {"weights": load_file(last(out) / "model.safetensors"), "train": torch.load(last(out) / "train_state.pt", weights_only=True),
-            "metrics": (out / "metrics.jsonl").read_text(), "config": read_json(last(out) / "config.json"),
-            "files": sorted(p.name for p in out.iterdir())}
-
-
-def same_bits(a, b, where="state"):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same_bits(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            same_bits(*pair, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-class Killed(BaseException):
-    """The process is gone; nothing catches it."""
-
-
-def at_step(monkeypatch, wanted, action):
-    """Run action() in the middle of step `wanted` of the next run."""
-    def hooked(step, *rest):
-        if step == wanted:
-            action()
-        return budget_at(step, *rest)
-    monkeypatch.setattr(train, "budget_at", hooked)
-
-
-def kill():
-    raise Killed
-
-
-SCHEDULES = {"linear": dict(schedule="linear", grad_accum=2), "uniform": dict(schedule="uniform", budget_end=0.7, gate="scalar")}
-
-
-@pytest.fixture(scope="module")
-def unbroken(folder, tmp_path_factory):
-    """For each schedule, a run that nothing disturbed; and what it printed."""
-    runs = {}
-    for name, flags in SCHEDULES.items():
-        runs[name] = tmp_path_factory.mktemp("unbroken") / "run"
-        assert run(folder, runs[name], **flags) == 0
-    return runs
-
-
-# Kill and resume.
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_killed_and_resumed_equals_unbroken(folder, unbroken, tmp_path, monkeypatch, schedule):
-    """Data order, budget, learning rate, Adam's moments or metrics that do not continue where the checkpoint was."""
-    at_step(monkeypatch, 5, kill)                                # one step and its line of metrics are lost
-    with pytest.raises(Killed):
-        run(folder, tmp_path / "run", **SCHEDULES[schedule])
-    assert len(metrics(tmp_path / "run")) == 5 and last(tmp_path / "run").name == "step-000004"
-    monkeypatch.setattr(train, "budget_at", budget_at)
-    assert run(folder, tmp_path / "run", "--resume", **SCHEDULES[schedule]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken[schedule]))
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(6))
-
-
-def test_ctrl_c_saves_says_where_and_resumes(folder, unbroken, tmp_path, monkeypatch, capsys):
-    """Ctrl-C that loses the steps since the last checkpoint, or a checkpoint that is not what the run would have been."""
-    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
-    assert run(folder, tmp_path / "run", **SCHEDULES["linear"]) == 130
-    assert f"stopped after step 3; saved in {tmp_path / 'run'}" in capsys.readouterr().out
-    assert last(tmp_path / "run").name == "step-000003" and signal.getsignal(signal.SIGINT) is before
-    monkeypatch.setattr(train, "budget_at", budget_at)
-    assert run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
-
-
-def test_ctrl_c_in_the_last_step_does_not_calibrate(folder, unbroken, tmp_path, monkeypatch, capsys):
-    """Ctrl-C that is swallowed, so that the program goes on calibrating; a calibration that --resume then leaves out."""
-    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert run(folder, tmp_path / "run", **SCHEDULES["linear"]) == 130
-    assert "calibrating" not in capsys.readouterr().out and "thresholds" not in read_json(last(tmp_path / "run") / "config.json")["gateskip"]
-    assert run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
-
-
-def dying(monkeypatch, instant):
-    """From the given instant on, every write fails with Killed: in the middle of a file, or before the operation."""
-    seen = []
-
-    def wrap(owner, name, half=None):
-        real = getattr(owner, name)
-
-        def operation(*args, **kwargs):
-            for step in ("before", "half") if half else ("before",):
-                seen.append(name)
-                if len(seen) > instant:
-                    if step == "half" and len(seen) == instant + 1:
-                        half(*args)
-                    raise Killed
-            return real(*args, **kwargs)
-        monkeypatch.setattr(owner, name, operation)
-
-    def half_a_model(model, path, tokenizer):
-        path.mkdir()
-        (path / "model.safetensors").write_bytes(b"\x00" * 99)
-
-    def half_deleted(path, ignore_errors=False):
-        for file in list(Path(path).glob("model.safetensors")):
-            file.unlink()
-
-    wrap(checkpoint, "save_model", half_a_model)
-    wrap(load_weights, "save_config")
-    wrap(torch, "save", lambda obj, path: path.write_bytes(b"PK"))
-    wrap(os, "replace")
-    wrap(Path, "write_text", lambda path, text, **_: path.open("w").close())
-    wrap(shutil, "rmtree", half_deleted)
-    return seen
-
-
-def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(folder, tmp_path, monkeypatch):
-    """`latest` written before the folder is whole, an old checkpoint deleted too early, rubbish of a kill that stays for ever."""
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def set_to(value):                                           # weights and optimizer of step `value`
-        for p in model.parameters():
-            p.data.fill_(value)
-            optimizer.state[p] = {"step": torch.tensor(float(value)), "exp_avg": torch.full_like(p, value), "exp_avg_sq": torch.zeros_like(p)}
-
-    base, left = tmp_path / "base", set()
-    base.mkdir()
-    set_to(2)
-    checkpoint.save_checkpoint(base, 2, model, tokenizer, optimizer, {})
-    (base / "metrics.jsonl").write_text("{}\n" * 4)
-    for instant in count():
-        out = tmp_path / str(instant)
-        shutil.copytree(base, out)
-        set_to(4)
-        with monkeypatch.context() as m:
-            dying(m, instant)
-            try:
-                checkpoint.save_checkpoint(out, 4, model, tokenizer, optimizer, {})
-                break                                            # it never came to this instant
-            except Killed:
-                pass
-        found = checkpoint.open_run(SimpleNamespace(out=out, resume=True), {})
-        kept = load_model(out).lm_head.weight
-        assert (kept == found["step"]).all() and (found["optimizer"]["state"][0]["exp_avg"] == found["step"]).all()
-        assert len((out / "metrics.jsonl").read_text().splitlines()) == found["step"]
-        assert not list(out.glob(".*"))
-        left.add(found["step"])
-        set_to(6)
-        checkpoint.save_checkpoint(out, 6, model, tokenizer, optimizer, {})
-        assert {p.name for p in out.iterdir()} == {"step-000006", "latest", "metrics.jsonl"}
-    assert left == {2, 4} and instant > 10
-
-
-@pytest.mark.parametrize("limit", [1_000, 200_000])              # bytes: in the weights, in the optimizer state
-def test_a_full_disk_loses_nothing(folder, unbroken, tmp_path, monkeypatch, limit):
-    """A half-written folder that takes the place of the last checkpoint; a traceback (torch.save raises RuntimeError)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
-    try:
-        with pytest.raises(OSError, match="step-000004 could not be saved, is the disk full") as error:
-            run(folder, tmp_path / "run", **SCHEDULES["linear"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(error.value)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "metrics.jsonl", "step-000002"]
-    monkeypatch.setattr(train, "budget_at", budget_at)
-    assert run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
-
-
-def test_resume_where_no_run_is(folder, tmp_path):
-    """--resume that silently starts from scratch."""
-    with pytest.raises(InputError, match="holds no run that has saved"):
-        run(folder, tmp_path / "run", "--resume")
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_with_other_settings_names_both_values(folder, unbroken, tmp_path):
-    """Half a run with one learning rate and half with another, which no record shows."""
-    shutil.copytree(unbroken["linear"], tmp_path / "run")
-    before = state(tmp_path / "run")
-    with pytest.raises(InputError, match=r"other settings: --lr 0.002 \(was 0.001\), --gate-shared True \(was False\)$"):
-        run(folder, tmp_path / "run", "--resume", "--gate-shared", **SCHEDULES["linear"] | dict(lr=2e-3))
-    same_bits(state(tmp_path / "run"), before)
-
-
-def test_a_damaged_train_state_is_told_in_one_line(folder, unbroken, tmp_path):
-    """A traceback out of the zip reader."""
-    shutil.copytree(unbroken["linear"], tmp_path / "run")
-    whole = (last(tmp_path / "run") / "train_state.pt").read_bytes()
-    for content in (b"", b"nonsense", whole[:-500]):
-        (last(tmp_path / "run") / "train_state.pt").write_bytes(content)
-        with pytest.raises(InputError, match="train_state.pt is missing or damaged; a new run can start from its weights: --model "):
-            run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
-
-
-def test_out_that_holds_another_run(folder, unbroken, tmp_path):
-    """A second run that mixes its files with the first one's; --overwrite that deletes what is no run, or keeps old metrics."""
-    out = tmp_path / "run"
-    shutil.copytree(unbroken["linear"], out)
-    with pytest.raises(InputError, match="already holds files: --resume .* --overwrite"):
-        run(folder, out)
-    same_bits(state(out), state(unbroken["linear"]))
-    assert run(folder, out, "--overwrite", steps=1) == 0
-    assert len(metrics(out)) == 1 and sorted(p.name for p in out.iterdir()) == ["latest", "metrics.jsonl", "step-000001"]
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "thesis.txt").write_text("years of work")
-    for switches in ([], ["--overwrite"]):
-        with pytest.raises(InputError):
-            run(folder, home, *switches)
-    assert (home / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(InputError, match="is a file"):
-        run(folder, home / "thesis.txt", "--overwrite")
-
-
-def test_overwrite_deletes_neither_strangers_nor_its_own_input(folder, unbroken, tmp_path):
-    """A file of the user's that stood in the run's folder, or the very model that the new run was to start from, gone."""
-    out = tmp_path / "run"
-    shutil.copytree(unbroken["linear"], out)
-    for flags in (dict(model=out), dict(model=last(out)), dict(data=last(out) / "train.jsonl")):
-        with pytest.raises(InputError, match=r"--overwrite would delete --\w+ .* which lies in --out"):
-            run(folder, out, "--overwrite", **flags)
-    (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="also holds thesis.txt"):
-        run(folder, out, "--overwrite")
-    (out / "thesis.txt").unlink()                                # still there
-    same_bits(state(out), state(unbroken["linear"]))
-
-
-@pytest.mark.parametrize("damage, complaint", [
-    (lambda out: (out / "latest").unlink(), "lost its file `latest`: write step-000006 into it"),
-    (lambda out: (out / "latest").write_bytes(b"\xff\xfe\0"), "which is not there: write the name of a step folder into it"),
-    (lambda out: (out / "latest").write_text("step-000002"), "names 'step-000002', which is not there"),
-    (lambda out: (last(out) / "train_state.pt").unlink(), "train_state.pt is missing or damaged"),
-    (lambda out: torch.save({"a": 1}, last(out) / "train_state.pt"), "train_state.pt is missing or damaged"),
-    (lambda out: (out / "metrics.jsonl").unlink(), "has only 0 good lines and the checkpoint is of step 6"),
-    (lambda out: (out / "metrics.jsonl").write_bytes(b"{}\n{}\n{\xff\n{}\n{}\n{}\n"), "has only 2 good lines and the checkpoint is of step 6"),
-])
-def test_resume_of_a_damaged_run_says_the_way_out(folder, unbroken, tmp_path, damage, complaint):
-    """A traceback, a bare errno, a gap in the metrics that nobody is told of, or advice that deletes a good checkpoint."""
-    shutil.copytree(unbroken["linear"], tmp_path / "run")
-    damage(tmp_path / "run")
-    with pytest.raises(InputError) as error:
-        run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
-    assert complaint in str(error.value) and "\n" not in str(error.value) and "--overwrite" not in str(error.value)
-
-
-def test_an_optimizer_of_another_model(folder, unbroken, tmp_path):
-    """A traceback out of load_state_dict."""
-    shutil.copytree(unbroken["linear"], tmp_path / "run")
-    stored = torch.load(last(tmp_path / "run") / "train_state.pt", weights_only=True)
-    stored["optimizer"]["param_groups"][0]["params"].pop()
-    torch.save(stored, last(tmp_path / "run") / "train_state.pt")
-    with pytest.raises(InputError, match="is not of this run"):
-        run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"])
-
-
-@pytest.mark.parametrize("flags", [dict(data="missing.jsonl"), dict(model="missing"), dict(seq_len=9)])
-def test_overwrite_deletes_nothing_before_the_rest_has_loaded(folder, unbroken, tmp_path, flags):
-    """A typing error in another flag that costs the old run."""
-    shutil.copytree(unbroken["linear"], tmp_path / "run")
-    with pytest.raises(InputError):
-        run(folder, tmp_path / "run", "--overwrite", **flags)
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
-
-
-# Algorithm 1.
+# By hand.
 
 def test_learning_rate_by_hand():
     """A warm-up that starts at 0 or ends late, a cosine that ends above 0 or rises again."""
@@ -365,26 +34,95 @@ def test_learning_rate_by_hand():
     assert train.learning_rate(0, 1, 3.0, 0) == 3.0
 
 
+def test_a_prompt_is_what_comes_before_the_answer():
+    """A calibration that continues behind the answer, or an empty prompt for plain text."""
+    assert train.prompt_of(([5, 6, 7, 8, 9], [False, False, False, True, True])) == [5, 6, 7]
+    assert train.prompt_of(([5, 6, 7, 8, 9], [False, True, True, True, True])) == [5, 6]
+    assert train.prompt_of(([5, 6], [False, True])) == [5]
+
+
+def test_places_are_those_before_the_answers_tokens():
+    """A shift by one, or places of another row: the model would learn to repeat its input."""
+    ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 0]])
+    mask = torch.tensor([[False, False, True, True], [False, True, True, False]])
+    places, targets = train.answer_places(ids, mask)
+    assert places.tolist() == [1, 2, 4, 5] and targets.tolist() == [12, 13, 21, 22]
+
+
+def test_evaluate_by_hand(folder):
+    """A mean over batches instead of tokens, a prediction compared with the token that it was made from, padding that
+    counts."""
+    items = data.encode_all(data.arithmetic(5, "test"), load_tokenizer(folder), 1, 160)[0]
+    model = load_model(folder)
+    with torch.no_grad():
+        model.model["embed_tokens"].weight[1] *= 30              # answers it is sure of, some of them right
+    loss, accuracy, savings = train.evaluate(model, items, SkipPolicy(), batch_size=2)
+    losses, right = [], []
+    for ids, mask in items:
+        logits = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+        for place in range(1, len(ids)):
+            if mask[place]:
+                losses.append(-logits[place - 1, ids[place]].item())
+                right.append(logits[place - 1].argmax().item() == ids[place])
+    assert (
+        loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        and accuracy == pytest.approx(sum(right) / len(right))
+        and accuracy > 0
+    )
+    assert savings["skipped"] == 0 and savings["pairs"] == 4 * sum(len(ids) for ids, _ in items)
+
+
+# Algorithm 1.
+
 def test_metrics_follow_algorithm_1(unbroken):
-    """A budget that is off by one step, a learning rate that lags, a loss that does not add up, a skip that is not counted."""
+    """A budget that is off by one step, a learning rate that lags, a loss that does not add up, a skip that is not
+    counted."""
     rows = metrics(unbroken["linear"])
-    assert [row["budget"] for row in rows] == pytest.approx([1.0, 0.96, 0.92, 0.88, 0.84, 0.8]) and (rows[0]["budget"], rows[-1]["budget"]) == (1.0, 0.8)
-    assert [row["lr"] for row in rows] == [train.learning_rate(step, 6, 1e-3, 2) for step in range(6)] and rows[-1]["lr"] == 0
+    assert [row["budget"] for row in rows] == pytest.approx([1.0, 0.96, 0.92, 0.88, 0.84, 0.8]) and (
+        rows[0]["budget"],
+        rows[-1]["budget"],
+    ) == (1.0, 0.8)
+    assert [row["lr"] for row in rows] == [train.learning_rate(step, 6, 1e-3, 2) for step in range(6)] and rows[-1][
+        "lr"
+    ] == 0
     for row in rows:
-        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["sparsity"]) and row["ce"] == pytest.approx(math.log(504), abs=0.6)
-        assert row["gate_mean"] == pytest.approx(0.9933, abs=1e-3) and row["sparsity"] == pytest.approx(0.9867, abs=2e-3)
+        assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["sparsity"]) and row["ce"] == pytest.approx(
+            math.log(504), abs=0.6
+        )
+        assert row["gate_mean"] == pytest.approx(0.9933, abs=1e-3) and row["sparsity"] == pytest.approx(
+            0.9867, abs=2e-3
+        )
         asked = 1 - row["budget"]                                # tokens tied at the threshold go too
         assert row["skipped"] == 0 if asked == 0 else asked < row["skipped"] < asked + 0.1
     budgets = [row["budget"] for row in metrics(unbroken["uniform"])]
-    assert budgets[0] == budgets[4] == 1.0 and all(0.7 <= b < 1.0 for b in budgets[1:4] + budgets[5:]) and len(set(budgets)) == 5
+    assert (
+        budgets[0] == budgets[4] == 1.0
+        and all(0.7 <= b < 1.0 for b in budgets[1:4] + budgets[5:])
+        and len(set(budgets)) == 5
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.8])
 def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
-    """Loss on the question or not on the EOS, a mean over the wrong tokens, padding that counts, another lambda, AdamW or clipping."""
+    """Loss on the question or not on the EOS, a mean over the wrong tokens, padding that counts, another lambda,
+    AdamW or clipping."""
     monkeypatch.setattr(train, "pick_device", lambda *_: (torch.device("cpu"), torch.float64))
-    assert run(folder, tmp_path / "run", "--gate-shared", steps=2, batch_size=3, lr=1e-2, warmup=3, budget_start=budget, budget_end=budget,
-               sparsity_weight=0.5, save_every=1) == 0
+    assert (
+        run(
+            folder,
+            tmp_path / "run",
+            "--gate-shared",
+            steps=2,
+            batch_size=3,
+            lr=1e-2,
+            warmup=3,
+            budget_start=budget,
+            budget_end=budget,
+            sparsity_weight=0.5,
+            save_every=1,
+        )
+        == 0
+    )
 
     torch.manual_seed(1)
     model, tokenizer = load_model(folder, GateConfig(shared=True), dtype=torch.float64), load_tokenizer(folder)
@@ -416,7 +154,9 @@ def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
         model.zero_grad()
         (ce + 0.5 * sparsity).backward()
         row = metrics(tmp_path / "run")[step]
-        assert row["ce"] == pytest.approx(ce.item(), abs=1e-6) and row["sparsity"] == pytest.approx(sparsity.item(), abs=1e-6)
+        assert row["ce"] == pytest.approx(ce.item(), abs=1e-6) and row["sparsity"] == pytest.approx(
+            sparsity.item(), abs=1e-6
+        )
         norms.append(sum(p.grad.square().sum() for p in weights.values()).sqrt().item())
         lr = 1e-2 * (step + 1) / 3
         with torch.no_grad():
@@ -430,7 +170,7 @@ def test_two_steps_by_hand(folder, tmp_path, monkeypatch, budget):
     assert min(norms) > 1.0 and max(norms) / min(norms) > 1.05   # else no clipping would show
     saved = load_file(last(tmp_path / "run") / "model.safetensors")
     assert saved.keys() == weights.keys()
-    for name, p in weights.items():                              # Adam divides by the gradient: where that is as small as
+    for name, p in weights.items():  # Adam divides by the gradient: where that is as small as
         clear = smallest[name] > 1e-6                            # the loss's float32 rounding, the step is noise
         assert (saved[name] - p)[clear].abs().max() < 1e-6 and clear.double().mean() > 0.9, name
 
@@ -443,15 +183,9 @@ def test_accumulation_is_one_batch(folder, tmp_path):
     for key, p in whole["weights"].items():
         assert (p - halves["weights"][key]).abs().max() < 2e-5, key
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "halves"), strict=True):
-        assert a["ce"] == pytest.approx(b["ce"], abs=1e-5) and a["skipped"] == a["sparsity"] == 0 and "gate_mean" not in a
-
-
-def test_places_are_those_before_the_answers_tokens():
-    """A shift by one, or places of another row: the model would learn to repeat its input."""
-    ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 0]])
-    mask = torch.tensor([[False, False, True, True], [False, True, True, False]])
-    places, targets = train.answer_places(ids, mask)
-    assert places.tolist() == [1, 2, 4, 5] and targets.tolist() == [12, 13, 21, 22]
+        assert (
+            a["ce"] == pytest.approx(b["ce"], abs=1e-5) and a["skipped"] == a["sparsity"] == 0 and "gate_mean" not in a
+        )
 
 
 def test_frozen_backbone(folder, tmp_path):
@@ -465,10 +199,17 @@ def test_frozen_backbone(folder, tmp_path):
 
 
 VARIANTS = {
-    "none": dict(gate="none"), "mlp": dict(gate_arch="mlp"), "scalar mlp": dict(gate="scalar", gate_arch="mlp"),
-    "low rank": dict(gate_arch="lowrank", gate_rank=3), "shared": dict(gate_shared=True), "residual": dict(gate_input="residual"),
-    "before": dict(gate_placement="before"), "detach": dict(gate_detach=True), "dense": dict(kv="dense"),
-    **{f"skip {skip}": dict(skip=skip) for skip in GRANULARITIES}, **{f"loss {kind}": dict(sparsity_loss=kind) for kind in ("l1", "l2_norm", "kl")},
+    "none": dict(gate="none"),
+    "mlp": dict(gate_arch="mlp"),
+    "scalar mlp": dict(gate="scalar", gate_arch="mlp"),
+    "low rank": dict(gate_arch="lowrank", gate_rank=3),
+    "shared": dict(gate_shared=True),
+    "residual": dict(gate_input="residual"),
+    "before": dict(gate_placement="before"),
+    "detach": dict(gate_detach=True),
+    "dense": dict(kv="dense"),
+    **{f"skip {skip}": dict(skip=skip) for skip in GRANULARITIES},
+    **{f"loss {kind}": dict(sparsity_loss=kind) for kind in ("l1", "l2_norm", "kl")},
     "checkpointed": dict(checkpoint_activations=True),
 }
 
@@ -481,9 +222,27 @@ def test_every_variant_trains_saves_and_is_the_same_compact(folder, tmp_path, mo
     flags = {key: value for key, value in VARIANTS[name].items() if value is not True}
     switches = [f"--{key.replace('_', '-')}" for key, value in VARIANTS[name].items() if value is True]
     modes, forward = [], Model.forward
-    monkeypatch.setattr(Model, "forward", lambda *args, **rest: modes.append((rest["compute"], rest["policy"].kv)) or forward(*args, **rest))
+    monkeypatch.setattr(
+        Model,
+        "forward",
+        lambda *args, **rest: modes.append((rest["compute"], rest["policy"].kv)) or forward(*args, **rest),
+    )
     for compute in ("masked", "compact"):                        # one sequence: no ties between rows of a batch
-        assert run(folder, tmp_path / compute, *switches, steps=3, batch_size=1, warmup=3, budget_start=0.9, budget_end=0.7, compute=compute, **flags) == 0
+        assert (
+            run(
+                folder,
+                tmp_path / compute,
+                *switches,
+                steps=3,
+                batch_size=1,
+                warmup=3,
+                budget_start=0.9,
+                budget_end=0.7,
+                compute=compute,
+                **flags,
+            )
+            == 0
+        )
     kv = VARIANTS[name].get("kv", "copy_up")
     assert modes == [("masked", kv)] * 3 + [("compact", kv)] * 3
     masked, compact = metrics(tmp_path / "masked"), metrics(tmp_path / "compact")
@@ -539,15 +298,41 @@ def test_a_run_on_each_device(folder, unbroken, tmp_path, device):
     (tmp_path / "config").mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(folder / name, tmp_path / "config")
-    flags = [word for name, value in (FLAGS | dict(device=device, steps=2, grad_accum=2)).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert train.main([*flags, "--init-config", str(tmp_path / "config" / "config.json"), "--gate", "none", "--out", str(tmp_path / "scratch")]) == 0
-    assert train.main([*flags, "--model", str(tmp_path / "scratch"), "--out", str(tmp_path / "gated"), "--checkpoint-activations"]) == 0
-    assert load_model(tmp_path / "scratch").config.gate is None and load_model(tmp_path / "gated").config.gate == GateConfig()
+    flags = [
+        word
+        for name, value in (FLAGS | dict(device=device, steps=2, grad_accum=2)).items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    assert (
+        train.main(
+            [
+                *flags,
+                "--init-config",
+                str(tmp_path / "config" / "config.json"),
+                "--gate",
+                "none",
+                "--out",
+                str(tmp_path / "scratch"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        train.main(
+            [*flags, "--model", str(tmp_path / "scratch"), "--out", str(tmp_path / "gated"), "--checkpoint-activations"]
+        )
+        == 0
+    )
+    assert (
+        load_model(tmp_path / "scratch").config.gate is None
+        and load_model(tmp_path / "gated").config.gate == GateConfig()
+    )
     assert metrics(tmp_path / "gated")[0]["ce"] < metrics(tmp_path / "scratch")[0]["ce"]
 
 
 def test_compiled_steps_are_the_same(folder, unbroken, tmp_path, monkeypatch):
-    """--compile that breaks on a policy or a trace, or forgets the mask. (Traced only: compiling for real takes a minute.)"""
+    """--compile that breaks on a policy or a trace, or forgets the mask. (Traced only: compiling for real takes a
+    minute.)"""
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
     real, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(real(model, backend="eager")) or compiled[0])
@@ -567,13 +352,25 @@ def test_compile_without_a_compiler_is_told_in_one_line(folder, tmp_path, monkey
 
 # Bad input.
 
-@pytest.mark.parametrize("flags, complaint", [
-    (dict(budget_end="nan"), "budget nan"), (dict(budget_end=0), "budget 0.0"), (dict(budget_start=1.5), "budget 1.5"),
-    (dict(budget_start=0.7), "budget-end 0.8 is above"), (dict(steps=0), "--steps: '0' must be"), (dict(grad_accum=0), "--grad-accum: '0' must be"),
-    (dict(lr="nan"), "--lr"), (dict(sparsity_weight="inf"), "--sparsity-weight"), (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
-    (dict(seq_len=9), "no example fits into --seq-len 9"), (dict(init_config="config.json"), "give one of them"),
-    (dict(gate="scalar", gate_arch="lowrank"), "low-rank gate with a scalar"), (dict(eval_data="gone.jsonl"), "gone.jsonl"),
-])
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (dict(budget_end="nan"), "budget nan"),
+        (dict(budget_end=0), "budget 0.0"),
+        (dict(budget_start=1.5), "budget 1.5"),
+        (dict(budget_start=0.7), "budget-end 0.8 is above"),
+        (dict(steps=0), "--steps: '0' must be"),
+        (dict(grad_accum=0), "--grad-accum: '0' must be"),
+        (dict(lr="nan"), "--lr"),
+        (dict(sparsity_weight="inf"), "--sparsity-weight"),
+        (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
+        (dict(seq_len=9), "no example fits into --seq-len 9"),
+        (dict(init_config="config.json"), "give one of them"),
+        (dict(gate="scalar", gate_arch="lowrank"), "low-rank gate with a scalar"),
+        (dict(eval_data="gone.jsonl"), "gone.jsonl"),
+    ],
+)
 def test_bad_flags_are_told_in_one_line(folder, tmp_path, flags, complaint):
     """A mistake that is only noticed after hours, by a traceback."""
     with pytest.raises(InputError) as error:
@@ -583,9 +380,13 @@ def test_bad_flags_are_told_in_one_line(folder, tmp_path, flags, complaint):
 
 def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
     """Flags that would be ignored silently."""
-    for switches, flags, complaint in ((["--freeze-backbone"], dict(gate="none"), "nothing to train"), (["--compile"], dict(compute="compact"), "static"),
-                                       (["--resume", "--overwrite"], {}, "give one of them"), ([], dict(gate="none", model=unbroken["linear"]), "has gates"),
-                                       (["--gate-shared"], dict(model=unbroken["linear"]), "of another kind")):
+    for switches, flags, complaint in (
+        (["--freeze-backbone"], dict(gate="none"), "nothing to train"),
+        (["--compile"], dict(compute="compact"), "static"),
+        (["--resume", "--overwrite"], {}, "give one of them"),
+        ([], dict(gate="none", model=unbroken["linear"]), "has gates"),
+        (["--gate-shared"], dict(model=unbroken["linear"]), "of another kind"),
+    ):
         with pytest.raises(InputError, match=complaint):
             run(folder, tmp_path / "run", *switches, **flags)
     with pytest.raises(InputError, match="--data is missing"):
@@ -594,7 +395,10 @@ def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
 
 def test_a_model_that_does_not_fit_its_tokenizer(folder, tmp_path):
     """Token ids beyond the embedding, and an answer that no token ends."""
-    for change, complaint in ((dict(vocab_size=400), "the tokenizer has 482 tokens and .*the 400: they do not"), (dict(eos_token_id=None), "no eos_token_id")):
+    for change, complaint in (
+        (dict(vocab_size=400), "the tokenizer has 482 tokens and .*the 400: they do not"),
+        (dict(eos_token_id=None), "no eos_token_id"),
+    ):
         other = tmp_path / complaint[:3]
         other.mkdir()
         (other / "config.json").write_text(json.dumps(read_json(folder / "config.json") | change))
@@ -609,32 +413,55 @@ def test_too_long_examples_are_counted_and_said(folder, tmp_path, capsys, monkey
     monkeypatch.setattr(train, "finish", lambda *_, **__: None)
     assert run(folder, tmp_path / "run", steps=20, batch_size=1, seq_len=68) == 0
     tokenizer, calibration = load_tokenizer(folder), data.arithmetic(6, "calibration", 1)
-    sets = {"train": data.arithmetic(20, "train", 1), "calibration": calibration[:3], "check": calibration[3:], "eval": data.arithmetic(4, "test")}
-    fit = {name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 68 for e in examples) for name, examples in sets.items()}
+    sets = {
+        "train": data.arithmetic(20, "train", 1),
+        "calibration": calibration[:3],
+        "check": calibration[3:],
+        "eval": data.arithmetic(4, "test"),
+    }
+    fit = {
+        name: sum(len(data.encode_example(tokenizer, e, 1)[0]) <= 68 for e in examples)
+        for name, examples in sets.items()
+    }
     assert 0 < fit["train"] < 20
     said = ", ".join(f"{n} {name}" for name, n in fit.items())
     assert f"data: {said}; {30 - sum(fit.values())} longer than --seq-len 68 left out\n" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_no_number_stops_the_program(folder, tmp_path):
-    """A run that goes on with NaN weights and saves them over the good ones; a traceback; an error line behind the progress bar."""
-    words = [w for name, value in (FLAGS | dict(model=folder, out=tmp_path / "run", lr=1e30, warmup=0, save_every=1)).items()
-             for w in (f"--{name.replace('_', '-')}", str(value))]
+    """A run that goes on with NaN weights and saves them over the good ones; a traceback; an error line behind the
+    progress bar."""
+    words = [
+        w
+        for name, value in (FLAGS | dict(model=folder, out=tmp_path / "run", lr=1e30, warmup=0, save_every=1)).items()
+        for w in (f"--{name.replace('_', '-')}", str(value))
+    ]
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=600)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("device:", "train:")) and "it/s" not in line and line]
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if not line.startswith(("device:", "train:")) and "it/s" not in line and line
+    ]
     assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr
-    assert lines[0].startswith("error: the loss is ") and "norm nan at step 1: lower --lr" in lines[0] and done.stderr.endswith(lines[0] + "\n")
+    assert (
+        lines[0].startswith("error: the loss is ")
+        and "norm nan at step 1: lower --lr" in lines[0]
+        and done.stderr.endswith(lines[0] + "\n")
+    )
     assert last(tmp_path / "run").name == "step-000001" and load_model(tmp_path / "run")
 
 
 # The end of a run.
 
 def test_the_end_of_a_run(folder, unbroken, capsys):
-    """Thresholds that generation does not find or that other settings may use; budgets missing from the table or below training's."""
+    """Thresholds that generation does not find or that other settings may use; budgets missing from the table or
+    below training's."""
     stored = read_json(last(unbroken["linear"]) / "config.json")["gateskip"]
     assert {key: stored[key] for key in ("skip", "kv", "step", "budget_start", "budget_end", "schedule")} == dict(
         skip="all", kv="copy_up", step=6, budget_start=1.0, budget_end=0.8, schedule="linear")
-    assert list(stored["thresholds"]) == ["1.0", "0.9", "0.8"] and {len(t) for t in stored["thresholds"].values()} == {4}
+    assert list(stored["thresholds"]) == ["1.0", "0.9", "0.8"] and {len(t) for t in stored["thresholds"].values()} == {
+        4
+    }
     config = load_model(unbroken["linear"]).config
     policy = make_policy(config, "auto", 0.9)
     assert policy.kind == "frozen" and policy.thresholds == stored["thresholds"]["0.9"]
@@ -646,18 +473,24 @@ def test_the_end_of_a_run(folder, unbroken, capsys):
     assert run(folder, unbroken["linear"], "--resume", **SCHEDULES["linear"]) == 0   # a finished run: calibrates again
     printed = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(printed) if line.startswith("budget "))
-    assert [word for word in ("budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping") if word in printed[head]] \
-        == ["budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping"]
+    assert [
+        word
+        for word in ("budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping")
+        if word in printed[head]
+    ] == ["budget", "answer loss", "token accuracy", "skipped", "per call", "macs_saved", "random skipping"]
     rows = [line.split() for line in printed[head + 1:head + 4]]
     assert [row[0] for row in rows] == ["1.000", "0.900", "0.800"] and [len(row) for row in rows] == [6, 7, 7]
     skipped, macs = ([float(row[i].rstrip("%")) for row in rows] for i in (3, 5))
-    assert skipped[0] == 0 < skipped[1] < skipped[2] and macs[0] < 0 and macs[0] < macs[1] < macs[2]    # open gates only cost
+    assert (
+        skipped[0] == 0 < skipped[1] < skipped[2] and macs[0] < 0 and macs[0] < macs[1] < macs[2]
+    )  # open gates only cost
     assert any("10.0% ->" in line and "20.0% ->" in line for line in printed)
     assert read_json(last(unbroken["linear"]) / "config.json")["gateskip"] == stored
 
 
 def test_the_trained_budget_is_calibrated_and_a_share_is_asked_for_as_such(folder, tmp_path, capsys):
-    """--budget-end 0.93 that generation then refuses; 7% announced where only half the branches may skip 7% of their tokens."""
+    """--budget-end 0.93 that generation then refuses; 7% announced where only half the branches may skip 7% of their
+    tokens."""
     assert run(folder, tmp_path / "run", steps=1, skip="attn", budget_end=0.93) == 0
     assert list(read_json(last(tmp_path / "run") / "config.json")["gateskip"]["thresholds"]) == ["1.0", "0.93"]
     assert ": 3.5% ->" in capsys.readouterr().out
@@ -668,28 +501,12 @@ def test_calibration_fits_into_the_models_positions(folder, tmp_path, monkeypatc
     (tmp_path / "model").mkdir()
     for name in ("tokenizer.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(read_json(folder / "config.json") | {"max_position_embeddings": 160}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(read_json(folder / "config.json") | {"max_position_embeddings": 160})
+    )
     monkeypatch.setattr(train, "CONTINUE", 96)
     monkeypatch.setattr(train, "BUDGETS", ())
     assert run(tmp_path / "model", tmp_path / "run", steps=1) == 0
-
-
-def test_evaluate_by_hand(folder):
-    """A mean over batches instead of tokens, a prediction compared with the token that it was made from, padding that counts."""
-    items = data.encode_all(data.arithmetic(5, "test"), load_tokenizer(folder), 1, 160)[0]
-    model = load_model(folder)
-    with torch.no_grad():
-        model.model["embed_tokens"].weight[1] *= 30              # answers it is sure of, some of them right
-    loss, accuracy, savings = train.evaluate(model, items, SkipPolicy(), batch_size=2)
-    losses, right = [], []
-    for ids, mask in items:
-        logits = model(torch.tensor([ids]))[0][0].log_softmax(-1)
-        for place in range(1, len(ids)):
-            if mask[place]:
-                losses.append(-logits[place - 1, ids[place]].item())
-                right.append(logits[place - 1].argmax().item() == ids[place])
-    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5) and accuracy == pytest.approx(sum(right) / len(right)) and accuracy > 0
-    assert savings["skipped"] == 0 and savings["pairs"] == 4 * sum(len(ids) for ids, _ in items)
 
 
 @pytest.mark.parametrize("source", ["arithmetic", "file", "file and eval file"])
@@ -704,7 +521,17 @@ def test_the_sets_are_disjoint(folder, tmp_path, monkeypatch, capsys, source):
         return str(tmp_path / name)
 
     problems = data.arithmetic(90)
-    args = SimpleNamespace(data="arithmetic", eval_data=None, eval_limit=20, calibration_sequences=8, seed=1, steps=30, batch_size=2, grad_accum=1, seq_len=160)
+    args = SimpleNamespace(
+        data="arithmetic",
+        eval_data=None,
+        eval_limit=20,
+        calibration_sequences=8,
+        seed=1,
+        steps=30,
+        batch_size=2,
+        grad_accum=1,
+        seq_len=160,
+    )
     if source != "arithmetic":
         args.data = file("data.jsonl", problems + problems[:20])         # some twice
     if source == "file and eval file":
@@ -714,29 +541,16 @@ def test_the_sets_are_disjoint(folder, tmp_path, monkeypatch, capsys, source):
     text = {name: {tuple(ids) for ids, _ in items} for name, items in sets.items()}
     assert list(text) == ["train", "calibration", "check", "eval"] and all(text.values())
     assert min(len(sets["calibration"]), len(sets["check"])) >= 7
-    for a, b in ((a, b) for a in text for b in text if a < b and not (source == "file and eval file" and "eval" in (a, b))):
+    for a, b in (
+        (a, b) for a in text for b in text if a < b and not (source == "file and eval file" and "eval" in (a, b))
+    ):
         assert not text[a] & text[b], (a, b)
     shared = len(text["train"] & text["eval"])
-    assert (f"CAUTION: {shared} of the eval problems are trained on" in capsys.readouterr().out) == (shared > 0) == (source == "file and eval file")
-
-
-def test_a_prompt_is_what_comes_before_the_answer():
-    """A calibration that continues behind the answer, or an empty prompt for plain text."""
-    assert train.prompt_of(([5, 6, 7, 8, 9], [False, False, False, True, True])) == [5, 6, 7]
-    assert train.prompt_of(([5, 6, 7, 8, 9], [False, True, True, True, True])) == [5, 6]
-    assert train.prompt_of(([5, 6], [False, True])) == [5]
-
-
-def test_curves(unbroken, tmp_path, monkeypatch, capsys):
-    """A picture that is never written; a traceback at the end of a run because matplotlib is missing."""
-    shutil.copy(unbroken["linear"] / "metrics.jsonl", tmp_path)
-    plot_metrics(tmp_path)
-    picture = (tmp_path / "metrics.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    (tmp_path / "metrics.png").unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    plot_metrics(tmp_path)
-    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n" and not (tmp_path / "metrics.png").exists()
+    assert (
+        (f"CAUTION: {shared} of the eval problems are trained on" in capsys.readouterr().out)
+        == (shared > 0)
+        == (source == "file and eval file")
+    )
 
 
 # What it needs, on paper.
@@ -756,69 +570,16 @@ def test_dry_run_touches_neither_network_nor_out(folder, tmp_path, monkeypatch, 
             assert train.main(["--preset", preset, "--data", "arithmetic", "--dry-run", "--overwrite", *frozen]) == 0
             printed = capsys.readouterr().out
             assert "<- this run" in printed
-            totals[preset, gate] = [float(line.split(" = ")[1].split()[0]) for line in printed.splitlines() if " = " in line]
+            totals[preset, gate] = [
+                float(line.split(" = ")[1].split()[0]) for line in printed.splitlines() if " = " in line
+            ]
     assert not list(tmp_path.iterdir())
     assert totals["llama-3.2-1b", "vector"] == pytest.approx([43.5, 31.1], abs=2)
-    gates = 134_283_264 * 16 / 1e9                               # weights, gradients and Adam of the gates, and their values
-    assert totals["llama-3.2-1b", "vector"][0] - totals["llama-3.2-1b", "none"][0] == pytest.approx(gates + 16 * 4 * 2048 * 4096 * 4 / 1e9, abs=0.1)
+    gates = 134_283_264 * 16 / 1e9  # weights, gradients and Adam of the gates, and their values
+    assert totals["llama-3.2-1b", "vector"][0] - totals["llama-3.2-1b", "none"][0] == pytest.approx(
+        gates + 16 * 4 * 2048 * 4096 * 4 / 1e9, abs=0.1
+    )
     with pytest.raises(InputError, match="does not ask the hub for some/model"):
         train.main(["--model", "some/model", "--data", "arithmetic", "--dry-run"])
     with pytest.raises(InputError, match="does not ask the hub for some/model"):
         train.main(["--preset", "llama-3.2-1b", "--model", "some/model", "--data", "arithmetic", "--dry-run"])
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, new ones only."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.sizes, self.now = {t.untyped_storage()._cdata for t in known}, {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        import weakref
-        out = function(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata)
-        return out
-
-    def freed(self, key):
-        self.now -= self.sizes.pop(key)
-
-
-def activations(config, frozen=False, checkpointing=False, length=192):
-    """(bytes that autograd saves, bytes alive after the forward pass, what the formula says) of one masked step."""
-    model = build(config, dtype=torch.float32).train()
-    for name, p in model.named_parameters():
-        p.requires_grad_("_gate." in name or not frozen)
-    ids, saved = tokens(1, length), {}
-    model(ids)                                                   # the rope table is there once and for all
-    live = Live([*model.parameters(), *model.rope])
-
-    def pack(t):
-        if t.untyped_storage()._cdata not in live.known:
-            saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    with live, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        policy = SkipPolicy("batch" if config.gate else "none", 0.8)
-        logits, trace = model(ids, policy=policy, places=torch.arange(4), checkpoint_blocks=checkpointing)
-    return sum(saved.values()), live.now, savings.memory_on_paper(config, length, 4, frozen, checkpointing)["activations"]
-
-
-@pytest.mark.parametrize("family", [llama, gemma])
-@pytest.mark.parametrize("gate", [GateConfig(), GateConfig(form="scalar"), None], ids=["vector", "scalar", "none"])
-def test_memory_on_paper_is_what_autograd_keeps(family, gate):
-    """A README that promises a run which does not fit: a term forgotten or counted twice, without and with recomputation."""
-    shape = dict(hidden_size=48, intermediate_size=144, head_dim=12)
-    few, many = family(gate, **shape, num_hidden_layers=2), family(gate, **shape, num_hidden_layers=6)
-    for checkpointing, measured in ((False, 0), (True, 1)):
-        a, b = activations(few, checkpointing=checkpointing), activations(many, checkpointing=checkpointing)
-        assert b[measured] - a[measured] == pytest.approx(b[2] - a[2], rel=0.04), checkpointing      # per layer
-        assert checkpointing or b[0] == pytest.approx(b[2], rel=0.04)                                # and in all
-    if gate is not None:
-        saved, _, paper = activations(many, frozen=True)
-        assert 0.5 * paper < saved <= paper
