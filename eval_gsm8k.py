@@ -88,8 +88,8 @@ def run_row(name, model, tokenizer, examples, policy, budget, args):
 
 THREE = (("skipped", "skipped, %", ""), ("skipped_per_call", "averaged per call, %", ""),
          ("macs_saved", "MACs saved, %", "+"))                   # key, title, sign
-HEADER = (" " * 49 + " ".join(f"{title:^21}" for _, title, _ in THREE) + "\n"
-          + f"{'row':19} {'budget':6} {'accuracy (s.e.)':>14} {'flexible':>8}"
+HEADER = (" " * 51 + " ".join(f"{title:^21}" for _, title, _ in THREE) + "\n"
+          + f"{'row':19} {'budget':6} {'accuracy (s.e.)':>15} {'flexible':>8}"
           + " ".join(["    all prompt answer"] * 3) + f" {'sec':>6}")
 
 
@@ -97,7 +97,7 @@ def line_of(r):
     """A row as printed: each of the three numbers for all tokens, for prompt tokens, and for generated tokens."""
     parts = r, r.get("prompt"), r.get("answer")
     three = ["".join(f"{100 * p[key]:{sign}7.1f}" if p else "      -" for p in parts) for key, _, sign in THREE]
-    return (f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:7.1%} ({r['stderr']:4.1%}) {r['flexible']:8.1%}"
+    return (f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:8.1%} ({r['stderr']:4.1%}) {r['flexible']:8.1%}"
             + " ".join(three) + f" {r['seconds']:6.1f}")
 
 

@@ -127,7 +127,7 @@ def quantile_threshold(scores, q, valid=None):
         v, n = v.masked_fill(~valid.flatten(), torch.inf), valid.sum()
     s = v.sort().values                                          # line 3. One score, all equal: no need of line 2
     pos = q * (n - 1).double()                                   # line 4
-    pos = torch.where((pos - pos.round()).abs() < 1e-9, pos.round(), pos)    # 0.15 * 20 is 3, not 2.9999999999999996
+    pos = torch.where((pos - pos.round()).abs() < 1e-9, pos.round(), pos) # (1 - 0.8) * 10 is 2, not 1.9999999999999996
     i = pos.floor().clamp(min=0).long()
     alpha = pos - i
     last = (n - 1).clamp(min=0)                                  # at i = n - 1 there is no s[i + 1], and alpha is 0

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,14 @@ def test_collate_pads_on_the_right():
     assert valid.tolist() == [[True] * 3, [True, True, False]] and valid.dtype == torch.bool
 
 
+def test_places_are_those_before_the_answers_tokens():
+    """A shift by one, or places of another row: the model would learn to repeat its input."""
+    ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 0]])
+    mask = torch.tensor([[False, False, True, True], [False, True, True, False]])
+    places, targets = data.answer_places(ids, mask)
+    assert places.tolist() == [1, 2, 4, 5] and targets.tolist() == [12, 13, 21, 22]
+
+
 @pytest.mark.parametrize("n, batch_size", [(10, 3), (10, 5), (4, 9), (1, 2)])
 def test_every_epoch_visits_every_item_once(n, batch_size):
     """Items skipped or repeated where a batch crosses the end of an epoch, or where a batch is larger than the data."""
@@ -154,6 +163,47 @@ def test_hold_out_keeps_equal_questions_together():
     questions = [{e if isinstance(e, str) else e.question for e in part} for part in parts]
     assert sum(map(len, parts)) == 101 and sum(map(len, questions)) == len(set.union(*questions)) == 31
     assert all(0 < len(part) <= 12 for part in parts[1:])
+
+
+@pytest.mark.parametrize("source", ["arithmetic", "file", "file and eval file"])
+def test_the_sets_are_disjoint(tokenizer, tmp_path, capsys, source):
+    """Thresholds or tables made on training problems."""
+    def file(name, examples):
+        rows = [{"question": p.question, "answer": f"{p.reasoning}\n#### {p.answer}"} for p in examples]
+        return str(write(tmp_path / name, *rows))
+
+    examples = arithmetic(90)
+    args = SimpleNamespace(data="arithmetic", eval_data=None, eval_limit=20, calibration_sequences=8, seed=1, steps=30,
+                           batch_size=2, grad_accum=1, seq_len=160)
+    if source != "arithmetic":
+        args.data = file("data.jsonl", examples + examples[:20])         # some twice
+    if source == "file and eval file":
+        args.eval_data = file("eval.jsonl", arithmetic(20, "test") + examples[40:43])
+        args.eval_limit = 23
+    sets = data.load_sets(args, tokenizer, EOS, 8)
+    text = {name: {tuple(ids) for ids, _ in items} for name, items in sets.items()}
+    assert list(text) == ["train", "calibration", "check", "eval"] and all(text.values())
+    assert min(len(sets["calibration"]), len(sets["check"])) >= 7
+    for a, b in ((a, b) for a in text for b in text if a < b):
+        if source != "file and eval file" or "eval" not in (a, b):
+            assert not text[a] & text[b], (a, b)
+    shared, said = len(text["train"] & text["eval"]), capsys.readouterr().out
+    cautioned = f"CAUTION: {shared} of the eval problems are trained on" in said
+    assert cautioned == (shared > 0) == (source == "file and eval file")
+
+
+def test_the_sets_have_the_sizes_asked_for(tokenizer, capsys):
+    """--calibration-sequences that shrinks the training set or leaves the check alone; other problems at another limit;
+    a set of the built-in problems that is another split's; steps or batches that do not count."""
+    args = SimpleNamespace(data="arithmetic", eval_data=None, eval_limit=5, calibration_sequences=3, seed=1, steps=7,
+                           batch_size=2, grad_accum=3, seq_len=160)
+    sets = data.load_sets(args, tokenizer, EOS, 8)
+    assert {name: len(items) for name, items in sets.items()} == {"train": 42, "calibration": 3, "check": 3, "eval": 5}
+    assert capsys.readouterr().out == "data: 42 train, 3 calibration, 3 check, 5 eval\n"
+    held = arithmetic(16, "calibration", 1)
+    for name, examples in {"train": arithmetic(42, "train", 1), "calibration": held[:3], "check": held[8:11],
+                           "eval": arithmetic(5, "test")}.items():
+        assert sets[name] == data.encode_all(examples, tokenizer, EOS, 160)[0], name
 
 
 # Files.
@@ -306,7 +356,8 @@ def test_command_line(tmp_path, capsys):
     assert run("--help")[0] == 0
     assert run("--n", 2, "--split", "test")[1].count("Question: ") == 2
     assert run("--data", write(tmp_path / "a.jsonl", {"text": "A document."})) == (0, "A document.\n\n")
-    for bad in (["--data", tmp_path / "none.jsonl"], ["--n", 0], ["--make-tokenizer", tmp_path / "no" / "t.json"],
-                ["--split", "validation"]):
-        code, _ = run(*bad)
-        assert code.startswith("error: ") and str(bad[1]) in code and "\n" not in code    # sys.exit(text) exits with 1
+    for flag, value, told in (("--data", tmp_path / "none.jsonl", f"{tmp_path}/none.jsonl: cannot be read"),
+                              ("--make-tokenizer", tmp_path / "no" / "t.json", "--make-tokenizer"), ("--n", 0, "--n"),
+                              ("--split", "validation", "--split")):
+        code, _ = run(flag, value)
+        assert code.startswith(f"error: {told}") and "\n" not in code           # sys.exit(text) exits with 1

@@ -1,9 +1,9 @@
 """Tests of eval_gsm8k.py: reading an answer, interpolating, scoring a row, and the table, the JSON and the picture."""
 import json
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,15 +16,13 @@ from data import encode_prompt
 from eval_gsm8k import HEADER, TARGETS, extract_answer, interpolate, line_of, main, normalise, plot, run_row
 from gates import GateConfig, SkipPolicy
 from generate import Generation, generate
-from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
+from load_weights import load_model, load_tokenizer, save_model
 from problems import Example, arithmetic
 from savings import Savings
 from thresholds import calibrate, make_policy
+from toy_runs import ROOT, toy, words
 
-ROOT = Path(__file__).parents[1]
-TOY = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-)
+THREE = ("skipped", "skipped_per_call", "macs_saved")
 
 
 @pytest.fixture(scope="module")
@@ -32,57 +30,35 @@ def folders(tmp_path_factory):
     """{"gated": a calibrated model, "dense": another one without gates}."""
     base, folders = tmp_path_factory.mktemp("models"), {}
     for name, gate in (("gated", GateConfig(form="scalar")), ("dense", None)):
-        folders[name] = path = base / name
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
-        shutil.copy(ROOT / "examples/tiny-llama/tokenizer.json", path)
-        model, tokenizer = new_model(path / "config.json", gate), load_tokenizer(path)
+        folders[name] = base / name
+        model, tokenizer = toy(base / name, gate)
         model.load_state_dict(build(model.config, dtype=torch.float32).state_dict())
         if gate is not None:
             sequences = [encode_prompt(tokenizer, problem.question) for problem in arithmetic(8, "calibration")]
-            model.config.gateskip = dict(skip="all", kv="copy_up", budget_end=0.8) | calibrate(
-                model, sequences, [1.0, 0.8]
-            )
-        save_model(model, path, tokenizer)
+            table = calibrate(model, sequences, [1.0, 0.8])
+            model.config.gateskip = dict(skip="all", kv="copy_up", budget_end=0.8) | table
+        save_model(model, base / name, tokenizer)
     return folders
 
 
 def evaluate(folders, out, *more, **flags):
     flags = dict(model=folders["gated"], out=out, limit=5, batch_size=3, max_new_tokens=6, device="cpu") | flags
-    assert (
-        main([w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))] + list(more))
-        == 0
-    )
+    assert main(words(*more, **flags)) == 0
     return json.loads((out / "eval.json").read_text())
 
 
 # Reading an answer.
 
-
-@pytest.mark.parametrize(
-    "text, strict, flexible",
-    [
-        ("He pays 3 * 6 = $18.\n#### 18", "18", "18"),
-        ("#### 1,234.", "1234", "1234"),
-        ("The answer is 42.", None, "42"),
-        ("#### $18", None, "18"),
-        ("#### 18.00", "18.00", "18.00"),
-        ("#### -7\n", "-7", "-7"),
-        ("#### B", "b", None),
-        ("#### B.", "b", None),
-        ("#### Because", None, None),
-        ("#### 5 apples, so 6\n#### 7", "5", "7"),
-        (" 4 + 4 = 8\n#### 8\nQuestion: 9? #### 9", "8", "8"),
-        ("####18", None, "18"),
-        ("", None, None),
-        ("no number at all", None, None),
-        ("#### 3.5", "3.5", "3.5"),
-        ("it costs $1,200.", None, "1200"),
-    ],
-)
+@pytest.mark.parametrize("text, strict, flexible", [
+    ("He pays 3 * 6 = $18.\n#### 18", "18", "18"), ("#### 1,234.", "1234", "1234"), ("The answer is 42.", None, "42"),
+    ("#### $18", None, "18"), ("#### 18.00", "18.00", "18.00"), ("#### -7\n", "-7", "-7"), ("#### B", "b", None),
+    ("#### B.", "b", None), ("#### Because", None, None), ("#### 5 apples, so 6\n#### 7", "5", "7"),
+    (" 4 + 4 = 8\n#### 8\nQuestion: 9? #### 9", "8", "8"), ("####18", None, "18"), ("", None, None),
+    ("no number at all", None, None), ("#### 3.5", "3.5", "3.5"), ("it costs $1,200.", None, "1200"),
+])
 def test_answers_are_read_as_the_harness_reads_them(text, strict, flexible):
-    """A dollar sign or a comma that makes a right answer wrong, the last #### in place of the first, a number out of
-    a new question."""
+    """A dollar sign or a comma that makes a right answer wrong, the last #### in place of the first, a number out of a
+    new question."""
     assert extract_answer(text) == strict and extract_answer(text, flexible=True) == flexible
 
 
@@ -95,17 +71,15 @@ def test_gold_answers_are_normalised_alike():
 # Accuracy at exactly so much skipped.
 
 def test_interpolation_by_hand():
-    """A clamp where nothing was measured, points taken in the order of the file, a knot that is missed by a rounding
-    error."""
+    """A clamp where nothing was measured, points taken in the order of the file, a knot missed by a rounding error."""
     a, c = 0.9, 0.5
     assert interpolate([(0.0, a), (0.4, c)], (0.1,)) == pytest.approx([a + (c - a) / 4])
     knots = [(0.3, 0.2), (0.0, 0.8), (0.1 + 0.2 - 0.2, 0.6)]     # unsorted; the last is not quite 0.1
     assert interpolate(knots, (0.0, 0.1, 0.3)) == [0.8, 0.6, 0.2]
     assert interpolate(knots, (0.05, 0.2)) == pytest.approx([0.7, 0.4])
     assert interpolate(knots, (-0.01, 0.31)) == [None, None] == interpolate([], (0.0, 0.1))
-    assert interpolate([(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)], (0.1, 0.2)) == pytest.approx(
-        [0.75, 0.5]
-    )  # the same saving twice: their mean
+    twice = [(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)]                 # the same saving twice: their mean
+    assert interpolate(twice, (0.1, 0.2)) == pytest.approx([0.75, 0.5])
     assert interpolate([(0.0, 0.7)]) == [0.7] + [None] * 5 and TARGETS == (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
 
 
@@ -113,15 +87,13 @@ def test_interpolation_by_hand():
 
 def test_a_row_of_known_answers(folders, monkeypatch):
     """Scores of one batch counted for another, a standard error without its root, savings averaged over batches of
-    unequal size."""
+    unequal size or over prompts and answers."""
     tokenizer = load_tokenizer(folders["gated"])
     examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "9"))]
     replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 9"]
     asked, savings = [], []
-    for parts in (
-        {"prompt": (60, 70, 0.1, 1, 500, 600), "answer": (30, 30, 0.7, 3, 400, 400)},  # kept, pairs, per
-        {"prompt": (150, 250, 0.5, 1, 2000, 2400), "answer": (60, 50, 0.2, 1, 500, 600)},
-    ):  # call, calls, MACs
+    for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550), "answer": (35, 40, 0.7, 3, 400, 450)},  # kept, pairs, shares
+                  {"prompt": (210, 300, 0.7, 1, 2500, 3000)}):                                   # of calls, calls, MACs
         savings.append(Savings(None))
         savings[-1].sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in parts.items()}
 
@@ -136,23 +108,50 @@ def test_a_row_of_known_answers(folders, monkeypatch):
                   SimpleNamespace(batch_size=3, max_new_tokens=6))
     assert [len(batch) for batch in asked] == [3, 2] and asked[1][1] == encode_prompt(tokenizer, "q4")
     assert row.pop("seconds") >= 0
-    three = lambda *values: pytest.approx(dict(zip(("skipped", "skipped_per_call", "macs_saved"), values)))
-    assert row.pop("prompt") == three(110 / 320, 0.6 / 2, 1 - 2500 / 3000)
-    assert row.pop("answer") == three(-10 / 80, 0.9 / 4, 1 - 900 / 1000)
-    assert row == pytest.approx(
-        {
-            "row": "random, dense",
-            "policy": "random",
-            "budget": 0.8,
-            "n": 5,
-            "accuracy": 3 / 5,
-            "flexible": 4 / 5,
-            "stderr": (0.6 * 0.4 / 5) ** 0.5,
-            "skipped": 100 / 400,
-            "skipped_per_call": 1.5 / 6,
-            "macs_saved": 1 - 3400 / 4000,
-        }
-    )
+    three = lambda *values: pytest.approx(dict(zip(THREE, values)))
+    assert row.pop("prompt") == three(95 / 360, 0.8 / 2, 1 - 3000 / 3550)
+    assert row.pop("answer") == three(5 / 40, 0.7 / 3, 1 - 400 / 450)
+    assert row == pytest.approx({
+        "row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5,
+        "stderr": (0.6 * 0.4 / 5) ** 0.5, "flexible": 4 / 5, "skipped": 100 / 400, "skipped_per_call": 1.5 / 5,
+        "macs_saved": 1 - 3400 / 4000})
+
+
+def row_of(name="random ranks, gated", scale=1.0, **changes):
+    """A row whose numbers all differ."""
+    three = lambda *values: dict(zip(THREE, (scale * value for value in values)))
+    return {"row": name, "policy": "frozen", "budget": 0.85, "n": 200, "accuracy": 0.975, "stderr": 0.011,
+            "flexible": 0.98, **three(0.149, 0.055, 0.121), "prompt": three(0.251, 0.262, 0.213),
+            "answer": three(0.038, 0.047, 0.019), "seconds": 12.3, **changes}
+
+
+def test_a_row_as_printed():
+    """A number under another's title, prompt and answer swapped, a cost without its sign, a part that was not there."""
+    assert line_of(row_of()).split() == ("random ranks, gated 0.850 97.5% (1.1%) 98.0% 14.9 25.1 3.8 5.5 26.2 4.7 "
+                                         "+12.1 +21.3 +1.9 12.3").split()
+    assert line_of(row_of(scale=-1)).split()[-4:-1] == ["-12.1", "-21.3", "-1.9"]
+    only_prompt = {key: value for key, value in row_of().items() if key != "answer"}
+    assert line_of(only_prompt).split()[-10:] == "14.9 25.1 - 5.5 26.2 - +12.1 +21.3 - 12.3".split()
+
+
+@pytest.mark.parametrize("row", [row_of(), row_of("dense", 0.0), row_of("GateSkip", -6.6, seconds=9876.5),
+                                 row_of("model", accuracy=1.0, stderr=0.0, flexible=1.0), row_of(answer=None)])
+def test_columns_stand_under_their_titles(row):
+    """Numbers that have slid away from their titles, or a table that a terminal breaks: each word of the header ends
+    where its column ends, and each group's title stands over its three columns."""
+    titles, header, line = *HEADER.split("\n"), line_of(row)
+    word, group = r"accuracy \(s\.e\.\)|\S+", r"\S+(?: \S+)*"
+    ends = [m.end() for m in re.finditer(word, header)][1:]      # `row` stands on the left
+    assert [m[0] for m in re.finditer(word, header)] == ["row", "budget", "accuracy (s.e.)", "flexible",
+                                                         *["all", "prompt", "answer"] * 3, "sec"]
+    values = [m.end() for m in re.finditer(r"\S+ \(\s*\S+\)|\S+", line) if m.start() >= 19]
+    assert values == ends and line.startswith(row["row"]) and header.startswith("row")
+    assert len(line) == len(header) <= 125 and len(titles) <= 125
+    spans = {m[0]: m.span() for m in re.finditer(group, titles)}
+    assert list(spans) == ["skipped, %", "averaged per call, %", "MACs saved, %"]
+    for number, (left, right) in enumerate(spans.values()):      # ends: budget, accuracy, flexible, then three a group
+        before, after = ends[2 + 3 * number], ends[5 + 3 * number]
+        assert before <= left and right <= after and abs((left + right) - (before + after)) <= 2
 
 
 # The whole sweep.
@@ -163,61 +162,63 @@ def test_the_rows(folders, tmp_path, capsys):
     result = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9", "0.8", dense=folders["dense"])
     rows = result["rows"]
     assert [(r["row"], r["policy"], r["budget"]) for r in rows] == [
-        ("GateSkip", "none", 1.0),
-        ("GateSkip", "frozen", 0.9),
-        ("GateSkip", "frozen", 0.8),
-        ("dense", "none", 1.0),
-        ("random, dense", "random", 0.9),
-        ("random, dense", "random", 0.8),
-        ("random ranks, gated", "random", 0.9),
-        ("random ranks, gated", "random", 0.8),
-    ]
+        ("GateSkip", "none", 1.0), ("GateSkip", "frozen", 0.9), ("GateSkip", "frozen", 0.8), ("dense", "none", 1.0),
+        ("random, dense", "random", 0.9), ("random, dense", "random", 0.8), ("random ranks, gated", "random", 0.9),
+        ("random ranks, gated", "random", 0.8)]
     by = {(r["row"], r["budget"]): r for r in rows}
-    assert (
-        by["GateSkip", 1.0]["skipped"]
-        == by["dense", 1.0]["skipped"]
-        == by["dense", 1.0]["macs_saved"]
-        == 0
-        > by["GateSkip", 1.0]["macs_saved"]
-    )
+    gated, dense = by["GateSkip", 1.0], by["dense", 1.0]
+    assert gated["skipped"] == dense["skipped"] == dense["macs_saved"] == 0 > gated["macs_saved"]
     for name in ("random, dense", "random ranks, gated"):
-        assert by[name, 0.8]["skipped"] == pytest.approx(0.2, abs=0.03) and by[name, 0.9]["skipped"] == pytest.approx(
-            0.1, abs=0.03
-        )
+        assert by[name, 0.8]["skipped"] == pytest.approx(0.2, abs=0.03)
+        assert by[name, 0.9]["skipped"] == pytest.approx(0.1, abs=0.03)
     assert by["random, dense", 0.8]["macs_saved"] > 0.05
+
     model, tokenizer = load_model(folders["gated"]), load_tokenizer(folders["gated"])
-    problems = arithmetic(5, "test")                             # what the GateSkip row at 0.8 must have done
-    parts = [
-        generate(
-            model,
-            [encode_prompt(tokenizer, p.question) for p in batch],
-            6,
-            make_policy(model.config, "frozen", 0.8),
-            {1},
-        ).savings.report()
-        for batch in (problems[:3], problems[3:])
-    ]
-    assert by["GateSkip", 0.8]["macs_saved"] == pytest.approx(
-        1 - sum(s["macs"] for s in parts) / sum(s["macs_dense"] for s in parts)
-    )
-    assert by["GateSkip", 0.8]["skipped"] == pytest.approx(
-        sum(s["pairs"] * s["skipped"] for s in parts) / sum(s["pairs"] for s in parts)
-    )
+    problems, policy = arithmetic(5, "test"), make_policy(model.config, "frozen", 0.8)
+    parts = []                                                   # what the GateSkip row at 0.8 must have done
+    for batch in (problems[:3], problems[3:]):
+        prompts = [encode_prompt(tokenizer, p.question) for p in batch]
+        parts.append(generate(model, prompts, 6, policy, {1}).savings.report())
+    for row, reports in [(by["GateSkip", 0.8], parts)] + [
+            (by["GateSkip", 0.8][part], [report[part] for report in parts]) for part in ("prompt", "answer")]:
+        total = {key: sum(s[key] for s in reports) for key in ("pairs", "calls", "macs", "macs_dense")}
+        assert row["macs_saved"] == pytest.approx(1 - total["macs"] / total["macs_dense"])
+        assert row["skipped"] == pytest.approx(sum(s["pairs"] * s["skipped"] for s in reports) / total["pairs"])
+        assert row["skipped_per_call"] == pytest.approx(
+            sum(s["calls"] * s["skipped_per_call"] for s in reports) / total["calls"])
 
     assert result["settings"]["budgets"] == [1.0, 0.9, 0.8] and result["at_exactly"] == list(TARGETS)
     for name, values in result["interpolated"].items():
         assert values == interpolate([(r["skipped"], r["accuracy"]) for r in rows if r["row"] == name])
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert f"\n{HEADER}\n" + "".join(line_of(r) + "\n" for r in rows) in printed
     for r in rows:
-        assert line_of(r) in printed and HEADER in printed
-        for part in (r, r["prompt"], r["answer"]):               # the three numbers, for all tokens and apart
-            assert f"{100 * part['skipped']:7.1f}" in line_of(r) and f"{100 * part['macs_saved']:+7.1f}" in line_of(r)
-        assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} {r['accuracy']:7.1%} ({r['stderr']:4.1%})")
-    assert (
-        "dense                     0.0%      -      -      -      -      -\n" in printed
-        and "5 problems of arithmetic" in printed
-    )
+        assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} ")
+        assert f" {r['accuracy']:.1%} ({r['stderr']:4.1%}) " in line_of(r)
+    assert "dense                     0.0%      -      -      -      -      -\n" in printed
+    assert "5 problems of arithmetic" in printed
+
+
+def test_prompts_and_answers_make_up_the_whole(folders, tmp_path):
+    """A saving on the user's side of the page sold as one on ours: the JSON tells both apart, in all rows, and together
+    they are the row's own three numbers."""
+    rows = evaluate(folders, tmp_path, "--budgets", "1.0", "0.8", dense=folders["dense"])["rows"]
+    tokenizer, problems = load_tokenizer(folders["gated"]), arithmetic(5, "test")
+    asked = sum(len(encode_prompt(tokenizer, p.question)) for p in problems)                 # prompt tokens
+    for r in rows:
+        assert set(r["prompt"]) == set(r["answer"]) == set(THREE)
+        prompt, answer = r["prompt"]["skipped"], r["answer"]["skipped"]
+        for key in ("skipped", "macs_saved"):
+            low, high = sorted((r["prompt"][key], r["answer"][key]))
+            assert low - 1e-9 <= r[key] <= high + 1e-9
+        if prompt != answer:                                     # the share of pairs that were a prompt's
+            new = asked * (r["skipped"] - prompt) / (answer - r["skipped"])                  # generated tokens run
+            assert new == pytest.approx(round(new), abs=1e-6) and 5 <= round(new) <= 5 * 5
+        per_call = (2 * r["prompt"]["skipped_per_call"] + 10 * r["answer"]["skipped_per_call"]) / 12
+        assert r["skipped_per_call"] == pytest.approx(per_call)  # two batches: 2 calls for prompts, 5 steps each
+    skipping = [r for r in rows if r["budget"] < 1.0]
+    assert len(skipping) == 3 and all(r["prompt"] != r["answer"] for r in skipping)
 
 
 def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
@@ -229,21 +230,7 @@ def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         if rows:
             assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows
-        rows.append(
-            dict(
-                row=name,
-                policy=policy.kind,
-                budget=budget,
-                n=5,
-                accuracy=0.5,
-                stderr=0.1,
-                flexible=0.5,
-                skipped=1 - budget,
-                skipped_per_call=0.0,
-                macs_saved=0.0,
-                seconds=0.1,
-            )
-        )
+        rows.append(row_of(name, policy=policy.kind, budget=budget, n=5, skipped=1 - budget))
         return rows[-1]
     monkeypatch.setattr(eval_gsm8k, "run_row", spoilt)
     with pytest.raises(KeyboardInterrupt):
@@ -251,7 +238,7 @@ def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows and len(rows) == 2
 
 
-def test_a_model_without_gates_gives_its_dense_row_only(folders, tmp_path, capsys, monkeypatch):
+def test_a_model_without_gates_gives_its_dense_row_only(folders, tmp_path, monkeypatch):
     """Budgets that mean nothing on a model that cannot rank; a crash where 1.0 is not among them."""
     monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
     for budgets in (["1.0", "0.8"], ["0.8"]):
@@ -263,40 +250,34 @@ def test_results_go_beside_a_local_model(folders, tmp_path, monkeypatch):
     """Results of one model that overwrite another's."""
     monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: path.write_text(rows[0]["row"]))
     shutil.copytree(folders["dense"], tmp_path / "model")
-    assert main(["--model", str(tmp_path / "model"), "--limit", "1", "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert main(words(model=tmp_path / "model", limit=1, max_new_tokens=1, device="cpu")) == 0
     assert (tmp_path / "model" / "eval.json").is_file() and (tmp_path / "model" / "eval.png").read_text() == "model"
 
 
 def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
     """A comparison that draws the other run's baselines too, or mixes the rows into this run's table; a foreign file
     with a traceback."""
-    drawn = []
-    monkeypatch.setattr(
-        eval_gsm8k, "plot", lambda rows, path: drawn.append([(r["row"], round(r["skipped"], 1)) for r in rows])
-    )
+    drawn, other = [], tmp_path / "other.json"
+    short = lambda rows: [(r["row"], round(r["skipped"], 1)) for r in rows]
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: drawn.append(short(rows)))
     row = {"row": "GateSkip", "budget": 0.9, "skipped": 0.1, "accuracy": 0.5, "stderr": 0.1, "macs_saved": 0.0, "n": 5}
-    (tmp_path / "other.json").write_text(
-        json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]})
-    )
-    result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(tmp_path / "other.json"))
-    assert (
-        drawn
-        == [[(f"GateSkip, {folders['gated'].name}", 0.2), ("random ranks, gated", 0.2), ("GateSkip, linear", 0.1)]]
-        and len(result["rows"]) == 2
-    )
+    other.write_text(json.dumps({"settings": {"model": "runs/linear"}, "rows": [row, {**row, "row": "dense"}]}))
+    result = evaluate(folders, tmp_path, "--budgets", "0.8", "--compare", str(other))
+    assert drawn == [[(f"GateSkip, {folders['gated'].name}", 0.2), ("random ranks, gated", 0.2),
+                      ("GateSkip, linear", 0.1)]]
+    assert len(result["rows"]) == 2
     for bad in ('{"rows": []}', "[]", "{", '{"settings": {"model": "x"}, "rows": [{"row": "GateSkip"}]}'):
-        (tmp_path / "other.json").write_text(bad)
+        other.write_text(bad)
         with pytest.raises(InputError, match="other.json"):
-            evaluate(folders, tmp_path / "new", "--compare", str(tmp_path / "other.json"))
+            evaluate(folders, tmp_path / "new", "--compare", str(other))
 
 
-def test_no_picture_without_matplotlib(folders, tmp_path, monkeypatch, capsys):
+def test_no_picture_without_matplotlib(tmp_path, monkeypatch, capsys):
     """A traceback after hours of evaluation because matplotlib is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plot([], tmp_path / "eval.png")
-    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n" and not list(
-        tmp_path.iterdir()
-    )
+    assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_questions_of_a_file(folders, tmp_path, monkeypatch):
@@ -305,42 +286,29 @@ def test_questions_of_a_file(folders, tmp_path, monkeypatch):
     rows = [{"question": p.question, "answer": f"{p.reasoning}\n#### {p.answer}"} for p in arithmetic(4)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer, golds = load_tokenizer(folders["gated"]), [row["answer"].split("#### ")[1] for row in rows]
+    known = [encode_prompt(tokenizer, row["question"]) for row in rows]
 
     def right(model, prompts, *_):
-        asked = [
-            next(i for i, row in enumerate(rows) if encode_prompt(tokenizer, row["question"]) == p) for p in prompts
-        ]
-        return Generation(
-            [tokenizer.encode(f"#### {golds[i]}", add_special_tokens=False).ids for i in asked],
-            generate(model, [[5]], 1).savings,
-            [],
-        )
+        new = [tokenizer.encode(f"#### {golds[known.index(p)]}", add_special_tokens=False).ids for p in prompts]
+        return Generation(new, generate(model, [[5]], 1).savings, [])
     monkeypatch.setattr(eval_gsm8k, "generate", right)
     result = evaluate(folders, tmp_path, "--budgets", "1", data=tmp_path / "test.jsonl", limit=3)["rows"][0]
     assert (result["n"], result["accuracy"], result["flexible"], result["stderr"]) == (3, 1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        (dict(budgets=0), "budget 0.0"),
-        (dict(budgets="nan"), "budget nan"),
-        (dict(limit=0), "--limit"),
-        (dict(batch_size=0), "--batch-size"),
-        (dict(max_new_tokens=0), "--max-new-tokens"),
-        (dict(data="gone.jsonl"), "gone.jsonl"),
-        (dict(model="gone"), "gone does not exist"),
-        (dict(budgets=0.5), "smallest calibrated"),
-        (dict(max_new_tokens=600), "--max-new-tokens 600: lower it"),
-    ],
-)
+@pytest.mark.parametrize("flags, complaint", [
+    (dict(budgets=0), "--budgets: budget 0.0"), (dict(budgets="nan"), "--budgets: budget nan"),
+    (dict(limit=0), "--limit: '0'"), (dict(compare="gone.json"), "gone.json"),
+    (dict(batch_size=0), "--batch-size: '0'"), (dict(max_new_tokens=0), "--max-new-tokens: '0'"),
+    (dict(data="gone.jsonl"), "gone.jsonl"), (dict(model="gone"), "gone does not exist"),
+    (dict(budgets=0.5), "smallest calibrated"), (dict(max_new_tokens=600), "--max-new-tokens 600: lower it"),
+])
 def test_bad_flags_are_told_in_one_line(folders, tmp_path, flags, complaint):
     """A table of something else than asked, or a traceback."""
     with pytest.raises(InputError) as error:
         evaluate(folders, tmp_path / "out", **flags)
-    assert (
-        complaint in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out" / "eval.json").exists()
-    )
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "eval.json").exists()
 
 
 def test_nothing_is_measured_before_every_budget_is_known_to_run(folders, tmp_path):
@@ -360,7 +328,8 @@ def test_questions_too_long_for_the_model_are_said(folders, tmp_path, capsys, mo
     rows = [{"question": "Why? " * n, "answer": "#### 1"} for n in (1, 600, 2)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluate(folders, tmp_path, "--budgets", "1", data=tmp_path / "test.jsonl")["rows"][0]["n"] == 2
-    assert "2 problems of" in (printed := capsys.readouterr().out) and "; 1 left out, longer than 506 tokens" in printed
+    printed = capsys.readouterr().out
+    assert "2 problems of" in printed and "; 1 left out, longer than 506 tokens" in printed
 
 
 def test_a_gated_model_is_not_the_dense_one(folders, tmp_path):

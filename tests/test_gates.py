@@ -138,7 +138,7 @@ def test_quantile_refuses_nonsense(scores, q):
 
 
 def test_position_within_1e_9_of_an_integer_is_that_integer():
-    """0.15 * 20 and (1 - 0.9) * 10 are not integers in binary: without the rule tau falls short of a score and one
+    """(1 - 0.8) * 10 and (1 - 0.9) * 10 are not integers in binary: without the rule tau falls short of a score and one
     token too few is skipped, depending on the last bit of the budget."""
     scores = distinct(21)[0]
     ordered = scores.sort().values

@@ -1,29 +1,28 @@
-"""Tests of generate.py: batched decoding, finished sequences, sampling, policies, savings, and the command line."""
+"""Tests of generate.py: sampling, shades, batched decoding, finished sequences, savings, and the command line."""
 import itertools
-import json
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import generate as program
-from conftest import DEVICES, build, frozen, gemma, llama, tokens
-from data import arithmetic, encode_prompt
+from conftest import both_kv, build, families, frozen, llama, on_devices, tokens
 from console import InputError
+from data import encode_prompt, prompt_text, target_text
 from gates import GateConfig, SkipPolicy
-from generate import COLOURS, GLYPHS, Sampling, generate, legend, main, shade
-from load_weights import load_model, load_tokenizer, new_model, read_json, save_model
-from savings import count_macs
-from thresholds import calibrate, make_policy, thresholds_at
+from generate import COLOURS, GLYPHS, Generation, Sampling, generate, legend, main, shade
+from load_weights import load_model, load_tokenizer, save_model
+from problems import arithmetic
+from savings import count_macs, savings_line
+from thresholds import calibrate, make_policy
+from toy_runs import ROOT, toy, words
 
-ROOT = Path(__file__).parents[1]
-TOY = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-)
 TRAINED = dict(skip="all", kv="copy_up", budget_start=1.0, budget_end=0.8, schedule="linear")
 LENGTHS = (3, 9, 1, 6)
 
@@ -32,9 +31,7 @@ LENGTHS = (3, 9, 1, 6)
 def folder(tmp_path_factory):
     """A gated model with scores far apart, calibrated at 0.9 and 0.7 (below the 0.8 it says it was trained for)."""
     path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
-    shutil.copy(ROOT / "examples/tiny-llama/tokenizer.json", path)
-    model, tokenizer = new_model(path / "config.json", GateConfig()), load_tokenizer(path)
+    model, tokenizer = toy(path, GateConfig())
     model.load_state_dict(build(model.config, dtype=torch.float32).state_dict())
     sequences = [tokenizer.encode(" ".join(problem[:2])).ids for problem in arithmetic(12, "calibration")]
     model.config.gateskip = TRAINED | calibrate(model, sequences, [1.0, 0.9, 0.7])
@@ -42,34 +39,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def derived(folder, path, config=lambda raw: None, weights=lambda name: True):
-    """A copy of the folder with a changed config.json and fewer weights."""
-    from safetensors.torch import load_file, save_file
-    shutil.copytree(folder, path)
-    raw = read_json(path / "config.json")
-    config(raw)
-    (path / "config.json").write_text(json.dumps(raw))
-    kept = {key: p for key, p in load_file(path / "model.safetensors").items() if weights(key)}
-    save_file(kept, path / "model.safetensors")
-    return path
-
-
 @pytest.fixture(scope="module")
 def dense(folder, tmp_path_factory):
     """The same model without gates."""
-    return derived(
-        folder,
-        tmp_path_factory.mktemp("dense") / "model",
-        lambda raw: raw.pop("gateskip"),
-        lambda name: "_gate." not in name,
-    )
-
-
-@pytest.fixture(scope="module")
-def uncalibrated(folder, tmp_path_factory):
-    return derived(
-        folder, tmp_path_factory.mktemp("uncalibrated") / "model", lambda raw: raw["gateskip"].pop("thresholds")
-    )
+    path = tmp_path_factory.mktemp("dense") / "model"
+    shutil.copytree(folder, path)
+    toy(path)                                                    # its config.json has no gates
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: p for key, p in weights.items() if "_gate." not in key}, path / "model.safetensors")
+    return path
 
 
 def prompts_of(lengths=LENGTHS, seed=5):
@@ -89,11 +67,82 @@ def recorded(model, monkeypatch):
     return traces, rows
 
 
+# Sampling.
+
+def reference(logits, temperature, top_k, top_p):
+    """The distribution to draw from, token by token."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k:
+        order = order[:top_k]
+    p = {i: np.exp(logits[i] / temperature) for i in order}
+    total, kept, mass = sum(p.values()), {}, 0.0
+    for i in order:
+        kept[i] = p[i]
+        mass += p[i] / total
+        if mass >= top_p:                                        # the token that crosses top_p is the last one kept
+            break
+    return np.array([kept.get(i, 0.0) for i in range(len(logits))]) / sum(kept.values())
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.6), (1.0, 0, 0.01), (0.7, 3, 0.9), (1.0, 1, 1.0),
+    (1.0, 99, 0.97), (1.0, 2, 0.6)])
+def test_samples_follow_the_distribution(temperature, top_k, top_p):
+    """Top-p that drops the token which crosses it (or keeps one more), cuts before the temperature, ids in sorted
+    order."""
+    logits = np.log([0.05, 0.3, 0.02, 0.5, 0.13])
+    expected, n = reference(logits, temperature, top_k, top_p), 20_000
+    sampling = Sampling(temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    drawn = sampling.draw(torch.tensor(logits).expand(n, -1))
+    share = np.bincount(drawn.numpy(), minlength=5) / n
+    assert ((share > 0) == (expected > 0)).all()
+    assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-12).all(), (share, expected)
+
+
+def test_sampling_is_seeded_and_greedy_is_not_random():
+    """A generator that is not used: the same command prints another text each time."""
+    model = build(llama())
+
+    def draw(seed, **how):
+        sampling = Sampling(generator=torch.Generator().manual_seed(seed), **how)
+        return generate(model, prompts_of(), 6, sampling=sampling).tokens
+    assert draw(1, temperature=2.0) == draw(1, temperature=2.0) != draw(2, temperature=2.0)
+    assert draw(1) == draw(2) == draw(1, temperature=2.0, top_k=1) == draw(2, temperature=2.0, top_p=1e-6)
+    assert draw(1) == generate(model, prompts_of(), 6).tokens    # the default is greedy
+    assert Sampling(1e-3).draw(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16)).tolist() == [1]
+
+
+# What was skipped, to look at.
+
+def test_shades():
+    """A shade on the wrong side of its border, colours that run on to the end of a line, shades of tokens that never
+    ran."""
+    shares = [0.0, 0.59, 0.6, 0.75, 0.8, 0.95]
+    plain = shade(list("abcdef") + ["new"], shares, colour=False)
+    assert plain == "".join(c + g for c, g in zip("abcdef", [GLYPHS[i] for i in (0, 0, 1, 2, 3, 4)])) + "new"
+    colours = shade(["x\ny", "z"], [0.95], colour=True)
+    assert colours == f"\033[48;5;{COLOURS[4]};38;5;232mx\033[0m\nyz"
+    assert all(mark in legend(False) for mark in GLYPHS.strip()) and "\033" not in legend(False)
+    assert all(f"48;5;{c};" in legend(True) for c in COLOURS)
+
+
+def test_marks_are_no_letters():
+    """The mark of a skipped token ("·" was one) taken for text: a product, a list, a Catalan l·l. Five different block
+    elements, one column each, the heavier the more of the branches ran."""
+    assert len(GLYPHS) == len(set(GLYPHS)) == len(COLOURS) == 5
+    assert all("BLOCK" in unicodedata.name(mark) or "SHADE" in unicodedata.name(mark) for mark in GLYPHS), GLYPHS
+    assert all(unicodedata.category(mark) == "So" and unicodedata.east_asian_width(mark) in "AN" for mark in GLYPHS)
+    problems = "".join(prompt_text(p.question) + target_text(*p[1:]) for p in arithmetic(50))
+    assert not set(GLYPHS) & set(problems)
+    levels = [shade(["x"], [share], colour=False)[1] for share in (0.0, 0.65, 0.75, 0.85, 1.0)]
+    assert levels == list(GLYPHS) and levels[-1] == "\u2588"     # a full block for what ran
+
+
 # Algorithm 2.
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 @pytest.mark.parametrize("kind", ["none", "frozen"])
-@pytest.mark.parametrize("family", [llama, gemma])
+@families
 def test_a_batch_generates_what_each_prompt_generates_alone(family, kind, device):
     """Left padding that is attended, counted as a position or ranked; a cache row that belongs to another sequence."""
     model = build(family(), device=device)
@@ -103,12 +152,13 @@ def test_a_batch_generates_what_each_prompt_generates_alone(family, kind, device
         alone = generate(model, [prompt], 10, policy)
         assert together.tokens[i] == alone.tokens[0] and len(alone.tokens[0]) == 10, i
         assert together.ran[i] == pytest.approx(alone.ran[0])
-    assert together.savings.report()["skipped"] > 0.1 if policy else together.savings.report()["skipped"] == 0
+    skipped = together.savings.report()["skipped"]
+    assert skipped > 0.1 if policy else skipped == 0
     assert generate(model, prompts_of(), 10, policy, compute="masked").tokens == together.tokens
 
 
-@pytest.mark.parametrize("family", [llama, gemma])
-@pytest.mark.parametrize("kv", ["copy_up", "dense"])
+@families
+@both_kv
 def test_greedy_equals_a_loop_without_a_cache(family, kv):
     """A token fed twice or never, logits of the wrong column, a cache that loses what a skipped token left there."""
     model = build(family())
@@ -125,8 +175,7 @@ def test_greedy_equals_a_loop_without_a_cache(family, kv):
 
 @pytest.mark.parametrize("kind", ["none", "frozen"])
 def test_finished_sequences_leave(monkeypatch, kind):
-    """Sequences that run on after their end, take others with them, or whose cache rows are left to their
-    neighbours."""
+    """Sequences that run on after their end, take others with them, or leave their cache rows to their neighbours."""
     model = build(llama())
     policy = frozen(model, tokens(4, 12)) if kind == "frozen" else None
     endless = generate(model, prompts_of(), 8, policy).tokens
@@ -154,46 +203,50 @@ def test_batch_policy_skips_nothing_in_a_single_stream():
     model, policy = build(llama()), SkipPolicy("batch", 0.6)
     one = generate(model, prompts_of([7]), 6, policy)
     assert one.ran[0][7:] == [1.0] * 5 and min(one.ran[0][:7]) < 1               # the prompt is a pool of its own
+    assert one.savings.report()["answer"]["skipped"] == 0 < one.savings.report()["prompt"]["skipped"]
     assert generate(model, prompts_of([1]), 6, policy).savings.report()["skipped"] == 0
     two = generate(model, [[11], [12]], 6, policy)
-    assert two.savings.report()["skipped"] == 0.5                         # one of two, at every branch: asked for 0.4
+    assert two.savings.report()["skipped"] == 0.5                # one of two, at every branch: asked for 0.4
+
+
+def recount(config, traces):
+    """Savings.report() of traces, by a plain loop."""
+    pairs = skipped = macs = macs_dense = 0
+    shares = []
+    for trace in traces:
+        for keep in trace.keep:
+            real = [k for keeps, valids in zip(keep.tolist(), trace.valid.tolist()) for k, v in zip(keeps, valids) if v]
+            pairs, skipped = pairs + len(real), skipped + real.count(False)
+            shares.append(real.count(False) / len(real))
+        keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)
+        macs += count_macs(config, keep, trace.valid, **sizes, gate=config.gate).item()
+        macs_dense += count_macs(config, trace.valid.expand_as(keep), trace.valid, **sizes).item()
+    return {"skipped": skipped / pairs, "skipped_per_call": sum(shares) / len(shares), "calls": len(traces),
+            "pairs": pairs, "macs": macs, "macs_dense": macs_dense, "macs_saved": 1 - macs / macs_dense}
 
 
 def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
-    """Padding counted as skipped, finished sequences counted as run, averages of averages; prompt and answer mixed
-    up."""
+    """Padding counted as skipped, finished sequences counted as run, averages of averages, prefill left out; the first
+    generated token's call counted as the answer's, or another's as the prompt's."""
     model = build(llama())
     ends = {generate(model, prompts_of(), 7).tokens[1][2]}
     with monkeypatch.context() as m:
         traces, _ = recorded(model, m)
         result = generate(model, prompts_of(), 7, frozen(model, tokens(4, 12)), eos_ids=ends)
         traces = traces[1:]                                      # the first call was frozen()'s own
-    counted = {}
-    for call, trace in enumerate(traces):
-        part = counted.setdefault(
-            "answer" if call else "prompt", dict(pairs=0, skipped=0, shares=[], calls=0, macs=0, dense=0)
-        )
-        for keep in trace.keep:
-            real = [k for keeps, valids in zip(keep.tolist(), trace.valid.tolist()) for k, v in zip(keeps, valids) if v]
-            part["pairs"] += len(real)
-            part["skipped"] += real.count(False)
-            part["shares"].append(real.count(False) / len(real))
-        keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)
-        part["calls"] += 1
-        part["macs"] += count_macs(model.config, keep, trace.valid, **sizes, gate=model.config.gate).item()
-        part["dense"] += count_macs(model.config, trace.valid.expand_as(keep), trace.valid, **sizes).item()
-    everything = {key: counted["prompt"][key] + counted["answer"][key] for key in counted["prompt"]}
-    report = result.savings.report()
-    parts = {name: report.pop(name) for name in ("prompt", "answer")}
-    for told, part in ((report, everything), *((parts[name], counted[name]) for name in parts)):
-        assert told == pytest.approx({
-            "skipped": part["skipped"] / part["pairs"], "skipped_per_call": sum(part["shares"]) / len(part["shares"]),
-            "calls": part["calls"], "pairs": part["pairs"], "macs": part["macs"], "macs_dense": part["dense"],
-            "macs_saved": 1 - part["macs"] / part["dense"]})
-    assert counted["prompt"]["pairs"] == 8 * sum(LENGTHS) and counted["prompt"]["calls"] == 1
-    assert counted["answer"]["pairs"] == 8 * sum(len(row) - 1 for row in result.tokens)
-    assert all(0 < part["skipped"] < part["pairs"] for part in counted.values())
-    assert sum(map(sum, result.ran)) == pytest.approx((everything["pairs"] - everything["skipped"]) / 8)
+    report, whole = result.savings.report(), recount(model.config, traces)
+    prompt, answer = report.pop("prompt"), report.pop("answer")
+    assert report == pytest.approx(whole)
+    assert prompt == pytest.approx(recount(model.config, traces[:1]))
+    assert answer == pytest.approx(recount(model.config, traces[1:]))
+    for key in ("calls", "pairs", "macs", "macs_dense"):
+        assert prompt[key] + answer[key] == report[key] and min(prompt[key], answer[key]) > 0, key
+    new = [len(row) - 1 for row in result.tokens]
+    assert (prompt["pairs"], answer["pairs"]) == (8 * sum(LENGTHS), 8 * sum(new)) and 0 < report["skipped"] < 1
+    assert abs(prompt["skipped"] - answer["skipped"]) > 0.01     # else a mix-up would not show
+    assert sum(map(sum, result.ran)) == pytest.approx((1 - report["skipped"]) * report["pairs"] / 8)
+    of_prompts = [share for ran, n in zip(result.ran, LENGTHS) for share in ran[:n]]
+    assert sum(of_prompts) == pytest.approx((1 - prompt["skipped"]) * prompt["pairs"] / 8)
 
 
 def test_tokens_are_announced_in_order():
@@ -207,8 +260,7 @@ def test_tokens_are_announced_in_order():
 
 
 def test_what_cannot_be_generated_is_refused():
-    """Reading beyond the last position, an empty batch, a traceback for an empty prompt; a limit that is one too
-    strict."""
+    """Reading beyond the last position, an empty batch, a traceback for an empty prompt; a limit one too strict."""
     model = build(llama(max_position_embeddings=12))
     assert len(generate(model, prompts_of([9, 3]), 3).tokens[1]) == 3
     with pytest.raises(InputError, match="a prompt of 9 tokens and 4 new ones exceed the model's 12 positions"):
@@ -220,127 +272,10 @@ def test_what_cannot_be_generated_is_refused():
         generate(model, [[1]], 0)
 
 
-# Sampling.
-
-def reference(logits, temperature, top_k, top_p):
-    """The distribution to draw from, token by token."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    if top_k:
-        order = order[:top_k]
-    p = {i: np.exp(logits[i] / temperature) for i in order}
-    total, kept, mass = sum(p.values()), {}, 0.0
-    for i in order:
-        kept[i] = p[i]
-        mass += p[i] / total
-        if mass >= top_p:                                        # the token that crosses top_p is the last one kept
-            break
-    return np.array([kept.get(i, 0.0) for i in range(len(logits))]) / sum(kept.values())
-
-
-@pytest.mark.parametrize(
-    "temperature, top_k, top_p",
-    [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 3, 1.0),
-        (1.0, 0, 0.6),
-        (1.0, 0, 0.01),
-        (0.7, 3, 0.9),
-        (1.0, 1, 1.0),
-        (1.0, 99, 0.97),
-        (1.0, 2, 0.6),
-    ],
-)
-def test_samples_follow_the_distribution(temperature, top_k, top_p):
-    """Top-p that drops the token which crosses it (or keeps one more), cuts before the temperature, ids in sorted
-    order."""
-    logits = np.log([0.05, 0.3, 0.02, 0.5, 0.13])
-    expected = reference(logits, temperature, top_k, top_p)
-    n = 20_000
-    drawn = Sampling(temperature, top_k, top_p, torch.Generator().manual_seed(0)).draw(
-        torch.tensor(logits).expand(n, -1)
-    )
-    share = np.bincount(drawn.numpy(), minlength=5) / n
-    assert ((share > 0) == (expected > 0)).all()
-    assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-12).all(), (share, expected)
-
-
-def test_sampling_is_seeded_and_greedy_is_not_random():
-    """A generator that is not used: the same command prints another text each time."""
-    model = build(llama())
-    draw = lambda seed, **how: generate(
-        model, prompts_of(), 6, sampling=Sampling(generator=torch.Generator().manual_seed(seed), **how)
-    ).tokens
-    assert draw(1, temperature=2.0) == draw(1, temperature=2.0) != draw(2, temperature=2.0)
-    assert draw(1) == draw(2) == draw(1, temperature=2.0, top_k=1) == draw(2, temperature=2.0, top_p=1e-6)
-    assert Sampling(1e-3).draw(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16)).tolist() == [1]
-
-
-# Policies.
-
-def test_policy_for_a_model(folder, dense, uncalibrated, capsys):
-    """Thresholds of another budget, the batch quantile without a word, settings that are not the trained ones."""
-    calibrated, plain, raw = load_model(folder).config, load_model(dense).config, load_model(uncalibrated).config
-    policy = make_policy(calibrated, "auto", 0.85)
-    assert (policy.kind, policy.budget, policy.skip, policy.kv) == ("frozen", 0.85, "all", "copy_up")
-    assert policy.thresholds == thresholds_at(calibrated.gateskip["thresholds"], 0.85)
-    assert "budget 0.85 is not among the calibrated (1.0, 0.9, 0.7): thresholds interpolated" in capsys.readouterr().err
-    assert make_policy(calibrated, "auto", 0.9).thresholds == calibrated.gateskip["thresholds"]["0.9"]
-    assert make_policy(calibrated, "batch", 0.85, kv="dense").kv == "dense" and capsys.readouterr().err == ""
-    assert (
-        make_policy(raw, "auto", 0.85).kind == "batch"
-        and "skips nothing in a decoding step of a single stream" in capsys.readouterr().err
-    )
-    assert (
-        make_policy(plain, "auto", 1.0).kind
-        == make_policy(calibrated, "frozen", 1.0).kind
-        == make_policy(calibrated, "none", 0.5).kind
-        == "none"
-    )
-    a, b, c = (make_policy(plain, "random", 0.5, seed=seed) for seed in (1, 1, 2))
-    masks = [p.keep(0, None, torch.ones(1, 64, dtype=torch.bool)) for p in (a, b, c)]
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-
-
-def test_policy_that_cannot_be(folder, dense, uncalibrated, capsys):
-    """Thresholds used under settings they were not made for, or silently replaced by something else."""
-    for source, kind, budget, settings, complaint in (
-        (folder, "auto", 0.85, dict(kv="dense"), "calibrated with --skip all --kv copy_up, not --skip all --kv dense"),
-        (folder, "frozen", 0.85, dict(skip="attn"), "not --skip attn --kv copy_up"),
-        (folder, "auto", 0.5, {}, "budget 0.5 is below the smallest calibrated one, 0.7"),
-        (uncalibrated, "frozen", 0.85, {}, "--policy frozen: this model is not calibrated"),
-        (dense, "auto", 0.85, {}, "has no gates"),
-        (dense, "topk", 0.85, {}, "has no gates"),
-        (folder, "auto", float("nan"), {}, "budget nan"),
-        (folder, "none", 0.0, {}, "budget 0.0"),
-    ):
-        with pytest.raises(InputError) as error:
-            make_policy(load_model(source).config, kind, budget, **settings)
-        assert complaint in str(error.value) and "\n" not in str(error.value)
-    assert capsys.readouterr().err == ""                         # no warning beside an error
-    make_policy(load_model(folder).config, "auto", 0.7)
-    assert capsys.readouterr().err == "warning: budget 0.7 is below 0.8, the lowest this model was trained for\n"
-
-
-# What was skipped, to look at.
-
-def test_shades():
-    """A shade on the wrong side of its border, colours that run on to the end of a line, tokens that were never run
-    shaded."""
-    shares = [0.0, 0.59, 0.6, 0.75, 0.8, 0.95]
-    plain = shade(list("abcdef") + ["new"], shares, colour=False)
-    assert plain == "".join(c + g for c, g in zip("abcdef", [GLYPHS[i] for i in (0, 0, 1, 2, 3, 4)])) + "new"
-    colours = shade(["x\ny", "z"], [0.95], colour=True)
-    assert colours == f"\033[48;5;{COLOURS[4]};38;5;232mx\033[0m\nyz"
-    assert all(mark in legend(False) for mark in GLYPHS.strip()) and "\033" not in legend(False)
-    assert all(f"48;5;{c};" in legend(True) for c in COLOURS)
-
-
 # The command line.
 
-def words(folder, *more, **flags):
-    flags = {"model": folder, "device": "cpu", "max_new_tokens": 12, **flags}
-    return [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))] + list(more)
+def command(folder, *more, **flags):
+    return words(*more, **{"model": folder, "device": "cpu", "max_new_tokens": 12, **flags})
 
 
 def expected(folder, texts, budget=0.85, n=12, **how):
@@ -353,12 +288,14 @@ def expected(folder, texts, budget=0.85, n=12, **how):
 def test_streamed_text_is_the_decoded_text(folder, capsys):
     """Text that is lost, doubled, or decoded token by token; numbers that are not this run's; a default budget other
     than 0.85."""
-    assert main(words(folder, "--prompt", "Tom has 12 eggs")) == 0
+    assert main(command(folder, "--prompt", "Tom has 12 eggs")) == 0
     printed = capsys.readouterr()
     tokenizer, result = expected(folder, ["Tom has 12 eggs"])
     text, _, rest = printed.out.partition("\n\nfrozen, budget 0.85: ")
     assert text == "Tom has 12 eggs" + tokenizer.decode(result.tokens[0])
-    assert rest == program.savings_line(result.savings.report()) + "\n" and result.savings.report()["skipped"] > 0.05
+    report = result.savings.report()
+    assert rest == savings_line(report) + "\n" and report["skipped"] > 0.05
+    assert "\n  prompt tokens: skipped " in rest and "\n  generated tokens: skipped " in rest
     assert "12 tokens in " in printed.err and printed.err.startswith("device: cpu")
 
 
@@ -368,154 +305,134 @@ def test_a_character_of_several_tokens_waits_until_it_is_whole(folder, capsys, m
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("naïve 5 €", add_special_tokens=False).ids
     assert len(ids) > 9
-    savings = generate(build(llama()), [[1]], 1).savings
+    savings = expected(folder, ["A"], n=1)[1].savings
     for new in (ids, ids[:-1]):
         pieces = []
 
-        def fake(*_, on_token, **__):
+        def fake(*_, on_token, **how):
             for token in new:
                 on_token(0, token)
                 pieces.append(capsys.readouterr().out)
-            return program.Generation([new], savings, [[]])
+            return Generation([new], savings, [[]])
         monkeypatch.setattr(program, "generate", fake)
-        assert main(words(folder, "--prompt", "A")) == 0
+        assert main(command(folder, "--prompt", "A")) == 0
         assert "\ufffd" not in "".join(pieces) and pieces[0] and sum(map(bool, pieces)) > 5
         rest = capsys.readouterr().out.partition("\n\n")[0]
         assert "".join(pieces) + rest == "A" + tokenizer.decode(new)
 
 
 def test_several_prompts_and_questions(folder, capsys):
-    """Answers under the wrong question or in another order than asked; a template other than training's."""
-    assert main(words(folder, "--prompt", "Tom has", "--question", "How many?", "--prompt", "x", budget=1.0)) == 0
-    texts = ["Tom has", "Question: How many?\nAnswer:", "x"]
+    """Answers under the wrong question, or all prompts before all questions; a template other than training's."""
+    asked = ["--prompt", "Tom has", "--question", "How many?", "--prompt", "x", "--question", "Why?"]
+    assert main(command(folder, *asked, budget=1.0)) == 0
+    texts = ["Tom has", "Question: How many?\nAnswer:", "x", "Question: Why?\nAnswer:"]      # in the order given
     tokenizer, result = expected(folder, texts, 1.0)
-    blocks = "".join(
-        f"--- {i}\n{text}{tokenizer.decode(new)}\n" for i, (text, new) in enumerate(zip(texts, result.tokens), 1)
-    )
+    blocks = "".join(f"--- {i}\n{text}{tokenizer.decode(new)}\n"
+                     for i, (text, new) in enumerate(zip(texts, result.tokens), 1))
     assert capsys.readouterr().out.startswith(blocks + "\nnone, budget 1.0: skipped 0.0% ")
     assert encode_prompt(tokenizer, "How many?") == tokenizer.encode(texts[1]).ids
+
+
+def test_nothing_is_left_over_from_the_command_before(folder, capsys):
+    """Flags collected in a list that all commands share: the first one's prompt answered once more by the second."""
+    for text in ("Tom has", "x"):
+        assert main(command(folder, "--prompt", text, budget=1.0)) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(text) and "---" not in printed
 
 
 def test_chat_uses_the_models_template(folder, tmp_path, monkeypatch):
     """A second BOS in front of the template's own; a model without a template that gets an invented one."""
     with pytest.raises(InputError, match="has no chat template: leave --chat out"):
-        main(words(folder, "--chat", "--prompt", "Hi"))
-    other = derived(folder, tmp_path / "chat")
-    (other / "chat_template.jinja").write_text("<bos>[{{ messages[0].role }}] {{ messages[0].content }} [assistant]")
+        main(command(folder, "--chat", "--prompt", "Hi"))
+    other = tmp_path / "chat"
+    shutil.copytree(folder, other)
+    template = "<bos>[{{ messages[0].role }}] {{ messages[0].content }} [assistant]"
+    (other / "chat_template.jinja").write_text(template)
     asked = []
-    monkeypatch.setattr(program, "generate", lambda model, prompts, *_, **__: asked.extend(prompts) or sys.exit())
+    monkeypatch.setattr(program, "generate", lambda model, prompts, *_, **how: asked.extend(prompts) or sys.exit())
     with pytest.raises(SystemExit):
-        main(words(other, "--chat", "--prompt", "Hi"))
-    assert asked[0].count(0) == 1 and load_tokenizer(folder).decode(asked[0][1:]) == "[user] Hi [assistant]"
+        main(command(other, "--chat", "--prompt", "Hi", "--question", "Why?"))
+    assert all(prompt.count(0) == 1 for prompt in asked)
+    decode = load_tokenizer(folder).decode
+    assert [decode(prompt[1:]) for prompt in asked] == ["[user] Hi [assistant]", "[user] Why? [assistant]"]
 
 
 def test_show_compute(folder, capsys, monkeypatch):
     """Escape codes in a file or against NO_COLOR, a picture without a legend, shades of other tokens."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     tokenizer, result = expected(folder, ["Tom has 12 eggs"], 0.75)
-    command = words(folder, "--prompt", "Tom has 12 eggs", "--show-compute", budget=0.75)
-    pieces = [
-        tokenizer.decode([t], skip_special_tokens=False)
-        for t in tokenizer.encode("Tom has 12 eggs").ids + result.tokens[0]
-    ]
+    argv = command(folder, "--prompt", "Tom has 12 eggs", "--show-compute", budget=0.75)
+    ids = tokenizer.encode("Tom has 12 eggs").ids + result.tokens[0]
+    pieces = [tokenizer.decode([t], skip_special_tokens=False) for t in ids]
     plain, colourful = (shade(pieces, result.ran[0], colour) for colour in (False, True))
     assert plain.startswith("<bos>") and len(set(result.ran[0])) > 2
-    assert main(command) == 0
+    assert main(argv) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{plain}\n\n{legend(False)}\nfrozen, budget 0.75: ") and "\033" not in printed
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert main(command) == 0 and capsys.readouterr().out.startswith(f"{colourful}\n\n{legend(True)}\n")
+    assert main(argv) == 0 and capsys.readouterr().out.startswith(f"{colourful}\n\n{legend(True)}\n")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert main(command) == 0 and "\033" not in capsys.readouterr().out
+    assert main(argv) == 0 and "\033" not in capsys.readouterr().out
 
 
 def test_flags_arrive(folder, dense, capsys, monkeypatch):
     """A flag that is parsed and then forgotten."""
     outputs, asked, real = {}, [], generate
 
-    def spy(model, prompts, n, policy, **rest):
-        asked.append((policy, rest["compute"], model.lm_head.weight.dtype, n))
-        return real(model, prompts, n, policy, **rest)
+    def spy(model, prompts, n, policy, **how):
+        asked.append((policy, how["compute"], model.lm_head.weight.dtype, n))
+        return real(model, prompts, n, policy, **how)
     monkeypatch.setattr(program, "generate", spy)
-    for name, more, flags in (
-        ("greedy", [], {}),
-        ("hot", [], dict(temperature=3.0)),
-        ("again", [], dict(temperature=3.0)),
-        ("seed", [], dict(temperature=3.0, seed=1)),
-        ("k", [], dict(temperature=3.0, top_k=1)),
-        ("p", [], dict(temperature=3.0, top_p=1e-9)),
-        ("random", [], dict(policy="random")),
-        ("bf16", [], dict(dtype="bfloat16")),
-        ("masked", [], dict(compute="masked")),
-        ("none", [], dict(policy="none")),
-        ("dense", [], dict(model=dense)),
-        ("mlp", [], dict(policy="batch", skip="mlp", kv="dense")),
-    ):
-        assert main(words(folder, "--prompt", "Tom has 12 eggs", *more, **{"max_new_tokens": 30, **flags})) == 0
+    for name, flags in dict(
+            greedy={}, hot=dict(temperature=3.0), again=dict(temperature=3.0), seed=dict(temperature=3.0, seed=1),
+            k=dict(temperature=3.0, top_k=1), p=dict(temperature=3.0, top_p=1e-9), random=dict(policy="random"),
+            bf16=dict(dtype="bfloat16"), masked=dict(compute="masked"), none=dict(policy="none"),
+            dense=dict(model=dense), mlp=dict(policy="batch", skip="mlp", kv="dense")).items():
+        assert main(command(folder, "--prompt", "Tom has 12 eggs", **{"max_new_tokens": 30, **flags})) == 0
         outputs[name] = capsys.readouterr().out
     seen = dict(zip(outputs, asked))
     assert {n for _, _, _, n in asked} == {30} and (seen["mlp"][0].skip, seen["mlp"][0].kv) == ("mlp", "dense")
-    assert [name for name in seen if seen[name][1] == "masked"] == ["masked"] and [
-        name for name in seen if seen[name][2] == torch.bfloat16
-    ] == ["bf16"]
-    text = {name: out.rpartition("\n\n")[0] for name, out in outputs.items()}
-    assert (
-        text["hot"] == text["again"] != text["seed"]
-        and text["k"] == text["p"] == text["greedy"] == text["masked"] != text["hot"]
-    )
-    assert (
-        "random, budget 0.85" in outputs["random"]
-        and "none, budget 1.0" in outputs["dense"]
-        and "batch, budget 0.85" in outputs["mlp"]
-    )
-    assert "MACs saved if run compact" in outputs["masked"] and "if run compact" not in outputs["greedy"]
+    assert [name for name in seen if seen[name][1] == "masked"] == ["masked"]
+    assert [name for name in seen if seen[name][2] == torch.bfloat16] == ["bf16"]
+    text = {name: re.split(r"\n\n(?=\w+, budget )", out)[0] for name, out in outputs.items()}
+    assert text["hot"] == text["again"] != text["seed"]
+    assert text["k"] == text["p"] == text["greedy"] == text["masked"] != text["hot"]
+    assert "random, budget 0.85" in outputs["random"] and "none, budget 1.0" in outputs["dense"]
+    assert "batch, budget 0.85" in outputs["mlp"]
+    assert outputs["masked"].count("MACs saved if run compact") == 3     # of all, of the prompt, of the answer
+    assert "if run compact" not in outputs["greedy"]
 
 
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        (dict(budget=0), "budget 0.0 is outside"),
-        (dict(budget=1.5), "budget 1.5"),
-        (dict(budget="nan"), "budget nan"),
-        (dict(budget=-1), "budget -1.0"),
-        (dict(budget="inf"), "budget inf"),
-        (dict(max_new_tokens=0), "--max-new-tokens"),
-        (dict(temperature=-1), "--temperature"),
-        (dict(temperature="nan"), "--temperature"),
-        (dict(top_k=-1), "--top-k"),
-        (dict(top_p=0), "--top-p"),
-        (dict(top_p="nan"), "--top-p"),
-        (dict(max_new_tokens=600), "positions"),
-        (dict(budget=0.6), "smallest calibrated"),
-        (dict(kv="dense"), "calibrated with"),
-        (dict(model="missing"), "missing does not exist"),
-    ],
-)
+@pytest.mark.parametrize("flags, complaint", [
+    (dict(budget=0), "--budget: budget 0.0 is outside (0, 1]: "), (dict(budget=1.5), "--budget: budget 1.5"),
+    (dict(budget="nan"), "--budget: budget nan"), (dict(budget=-1), "--budget: budget -1.0"),
+    (dict(budget="inf"), "--budget: budget inf"), (dict(max_new_tokens=0), "--max-new-tokens: '0'"),
+    (dict(temperature=-1), "--temperature: '-1'"), (dict(temperature="nan"), "--temperature: 'nan'"),
+    (dict(top_k=-1), "--top-k: '-1'"), (dict(top_p=0), "--top-p: '0'"), (dict(top_p="nan"), "--top-p: 'nan'"),
+    (dict(max_new_tokens=600), "positions"), (dict(budget=0.6), "smallest calibrated"),
+    (dict(kv="dense"), "calibrated with"), (dict(model="missing"), "missing does not exist"),
+    (dict(question="\ud800"), "a --question is not UTF-8 text"),
+])
 def test_bad_flags_are_told_in_one_line(folder, flags, complaint):
     """A traceback, or worse: a text that was generated with something else than asked."""
     with pytest.raises(InputError) as error:
-        main(words(folder, "--prompt", "x", **flags))
+        main(command(folder, "--prompt", "x", **flags))
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
 def test_nothing_to_do(folder):
     """An empty batch that runs into the model."""
     with pytest.raises(InputError, match="give --prompt TEXT or --question TEXT"):
-        main(words(folder))
+        main(command(folder))
 
 
 def test_the_program_exits_with_one_line(folder, tmp_path):
     """An exit code of 0 after an error, or a traceback in place of the line."""
-    run = lambda *command: subprocess.run(
-        [sys.executable, ROOT / "generate.py", *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=tmp_path,
-    )
-    bad = run("--model", folder, "--prompt", "x", "--budget", "0.6", "--device", "cpu")
+    argv = words("--prompt", "x", model=folder, budget=0.6, device="cpu")
+    bad = subprocess.run([sys.executable, ROOT / "generate.py", *argv], capture_output=True, text=True, timeout=600,
+                         cwd=tmp_path)
     assert bad.returncode == 1 and bad.stdout == ""
     device, error = bad.stderr.splitlines()
-    assert device.startswith("device: cpu") and error.startswith(
-        "error: budget 0.6 is below the smallest calibrated one, 0.7"
-    )
+    assert device.startswith("device: cpu")
+    assert error.startswith("error: budget 0.6 is below the smallest calibrated one, 0.7")

@@ -1,12 +1,10 @@
 """The README does what it says: its worked example is run as a doctest, its commands are run at toy size."""
 import doctest
 import importlib.metadata
-import json
 import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +14,11 @@ import data
 import eval_gsm8k
 import generate
 import train
-from load_weights import config_from_hf, load_tokenizer, new_model, read_json, save_model
+from load_weights import save_model
 from problems import arithmetic
+from toy_runs import ROOT, toy
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 # argparse takes the last value: what makes a command small enough for a test
 SMALL = {"train.py": "--steps 2 --batch-size 4 --seq-len 160 --warmup 1 --save-every 2 --eval-limit 8",
          "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8",
@@ -40,14 +37,11 @@ def readme_commands():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder that looks like the repository, in which every model is a toy and every data set a handful of
-    problems."""
+    """A folder that looks like the repository: every model is a toy and every data set a handful of problems."""
     shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
     folder = tmp_path / "examples" / "tiny-llama"
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / "examples" / "tiny-llama" / "tokenizer.json", folder)
-    (folder / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
-    save_model(new_model(folder / "config.json"), folder, load_tokenizer(folder))
+    model, tokenizer = toy(folder)
+    save_model(model, folder, tokenizer)
     import pyarrow
     from pyarrow import parquet
     rows = [{"question": e.question, "answer": f"{e.reasoning}\n#### {e.answer}"} for e in arithmetic(40)]
@@ -58,7 +52,7 @@ def checkout(tmp_path, monkeypatch):
     for preset in train.PRESETS.values():
         monkeypatch.setitem(preset, "model", "examples/tiny-llama")
     for name in bench.BENCH_SHAPES:
-        monkeypatch.setitem(bench.BENCH_SHAPES, name, config_from_hf(read_json(folder / "config.json")))
+        monkeypatch.setitem(bench.BENCH_SHAPES, name, model.config)
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     monkeypatch.setattr(bench, "bench_peer", lambda *_: [])      # transformers is no dependency
     monkeypatch.setattr(bench, "STEPS", 2)
@@ -78,15 +72,9 @@ def test_worked_example():
 def test_commands(checkout, monkeypatch):
     """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
     import layer_diff
-    mains = {
-        "train.py": train.main,
-        "eval_gsm8k.py": eval_gsm8k.main,
-        "generate.py": generate.main,
-        "bench.py": bench.main,
-        "data.py": data.main,
-        "by_hand.py": lambda argv: by_hand.main(),
-        "tests/layer_diff.py": layer_diff.main,
-    }
+    mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main,
+             "bench.py": bench.main, "data.py": data.main, "by_hand.py": lambda argv: by_hand.main(),
+             "tests/layer_diff.py": layer_diff.main}
     ran = []
     for line in readme_commands():
         program, *argv = shlex.split(line)
@@ -100,30 +88,21 @@ def test_commands(checkout, monkeypatch):
             extra = [] if "--dry-run" in argv else shlex.split(SMALL.get(script, ""))
             assert mains[script](argv + extra) in (0, None), line
         ran.append(program if program != "python" else script)
-    assert {
-        "make",
-        "hf",
-        "train.py",
-        "eval_gsm8k.py",
-        "generate.py",
-        "bench.py",
-        "data.py",
-        "tests/layer_diff.py",
-    } <= set(ran)
+    assert {"make", "hf", *mains} <= set(ran)
 
 
 def test_every_flag_is_real():
     """Prose that names a flag which no command has."""
-    parsers = " ".join(
-        (ROOT / name).read_text() for name in ("train.py", "generate.py", "eval_gsm8k.py", "data.py", "bench.py")
-    )
+    commands = ("train.py", "generate.py", "eval_gsm8k.py", "data.py", "bench.py", "flags.py")
+    parsers = " ".join((ROOT / name).read_text() for name in commands)
     for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
         assert f'"{flag}"' in parsers, flag
 
 
 def test_pictures_and_files_exist():
     """A picture or a file that the README shows and the repository lacks."""
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(
-        r"^\| `([\w./]+)` \|", README, flags=re.MULTILINE
-    ):
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    cells = re.findall(r"^\| (`[\w./]+`(?:, `[\w./]+`)*) \|", README, flags=re.MULTILINE)   # one file, or several
+    for name in pictures + re.findall(r"[\w./]+", " ".join(cells)):
         assert (ROOT / name).exists(), name
+    assert pictures and len(cells) > 10

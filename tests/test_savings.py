@@ -1,4 +1,6 @@
-"""Tests of savings.py: the count of what a call executes, the three numbers of a run, the true sizes of the models."""
+"""Tests of savings.py: the count of what a call executes, the three numbers of a run, the true sizes of the models, and
+the tables on paper."""
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,14 +8,16 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import (Synchronisations, both_kv, build, everyone, families, frozen, gemma, llama, mask, new_cache,
-                      on_devices, padding, tokens)
+from conftest import (Synchronisations, both_kv, build, everyone, families, frozen, llama, mask, new_cache, on_devices,
+                      padding, tokens)
 from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig, Trace
 from rows import KVCache
-from savings import SHAPES, Savings, count_macs, counts_table, macs_of, memory_on_paper
+from savings import (GATE_FORMS, SHAPES, Savings, count_macs, counts_table, macs_of, memory_on_paper, memory_table,
+                     savings_line)
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,6 +222,21 @@ def test_savings_of_a_run(device):
     assert reports[0]["skipped"] == pytest.approx(by_masks, abs=1e-12) and reports[0]["skipped"] > 0.2
 
 
+def test_savings_in_a_line():
+    """A number that stands alone, a cost shown without its sign, a masked run's saving told as saved, parts swapped."""
+    numbers = lambda skipped, per_call, macs: dict(skipped=skipped, skipped_per_call=per_call, macs_saved=macs)
+    alone = numbers(0.1494, 0.0551, -0.123)
+    assert savings_line(alone) == ("skipped 14.9% of (token, branch) pairs, 5.5% averaged per call; "
+                                   "MACs saved -12.3%, gates paid")
+    assert savings_line(alone, "masked") == savings_line(alone).replace("MACs saved", "MACs saved if run compact")
+    apart = alone | dict(prompt=numbers(0.3, 0.31, 0.2), answer=numbers(0.05, 0.06, 0.04))
+    assert savings_line(apart).splitlines() == [
+        savings_line(alone), "  prompt tokens: " + savings_line(apart["prompt"]),
+        "  generated tokens: " + savings_line(apart["answer"])]
+    assert savings_line(apart, "masked").count("if run compact") == 3
+    assert savings_line(alone | dict(prompt=apart["prompt"])).count("\n") == 1  # one new token is the prompt's work
+
+
 # The true models.
 
 PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3.1-8b": 8_030_261_248,
@@ -263,9 +282,8 @@ class Live(TorchDispatchMode):
         self.known, self.sizes, self.now = {t.untyped_storage()._cdata for t in known}, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        import weakref
         out = function(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
+        for t in tree_leaves(out):
             storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
             if storage is not None and storage._cdata not in self.known and storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
@@ -294,14 +312,11 @@ def activations(config, frozen=False, checkpointing=False, length=192):
     with live, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         policy = SkipPolicy("batch" if config.gate else "none", 0.8)
         logits, trace = model(ids, policy=policy, places=torch.arange(4), checkpoint_blocks=checkpointing)
-    return (
-        sum(saved.values()),
-        live.now,
-        memory_on_paper(config, length, 4, frozen, checkpointing)["activations"],
-    )
+    paper = memory_on_paper(config, length, 4, frozen, checkpointing)["activations"]
+    return sum(saved.values()), live.now, paper
 
 
-@pytest.mark.parametrize("family", [llama, gemma])
+@families
 @pytest.mark.parametrize("gate", [GateConfig(), GateConfig(form="scalar"), None], ids=["vector", "scalar", "none"])
 def test_memory_on_paper_is_what_autograd_keeps(family, gate):
     """A README that promises a run which does not fit: a term forgotten or counted twice, without and with
@@ -317,12 +332,35 @@ def test_memory_on_paper_is_what_autograd_keeps(family, gate):
         assert 0.5 * paper < saved <= paper
 
 
+def test_memory_of_what_is_trained():
+    """Gradients and Adam's moments of a frozen backbone, float32 counted as 2 bytes, logits of the question."""
+    model = Model(llama())
+    everything = sum(p.numel() for p in model.parameters())
+    gates = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name)
+    for frozen_backbone, trained in ((False, everything), (True, gates)):
+        parts = memory_on_paper(model.config, 50, 7, frozen_backbone)
+        assert (parts["weights"], parts["gradients"], parts["Adam"]) == (4 * everything, 4 * trained, 8 * trained)
+        assert parts["logits"] == 3 * 4 * 7 * 60                 # three times (answer tokens, V)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_in_lines(checkpointing):
+    """Totals that are not the sum of what stands beside them, or the arrow at the other line."""
+    head, *lines = memory_table(SHAPES["llama-3.2-1b"], 4096, False, checkpointing)
+    assert "4096 tokens" in head
+    assert [line.endswith("<- this run") for line in lines] == [not checkpointing, checkpointing]
+    for line, way in zip(lines, (False, True), strict=True):
+        parts = memory_on_paper(SHAPES["llama-3.2-1b"], 4096, 4096, False, way)
+        assert all(f"{name} {size / 1e9:.1f}" in line for name, size in parts.items())
+        assert f" = {sum(parts.values()) / 1e9:.1f}" in line and line.startswith("  with   " if way else "  without")
+
+
 # The table of counts.
 
 def test_counts_are_those_of_the_models():
     """A table of parameters that drifts from the code: Table 13 of the paper is of no Llama-3.2-1B."""
     lines = counts_table()[2:]
-    assert len(lines) == 3 * len(SHAPES)
+    assert len(lines) == 3 * len(SHAPES) and list(GATE_FORMS) == ["vector", "lowrank", "scalar"]
     forms = {"vector": GateConfig(), "scalar": GateConfig("scalar")}
     for line in lines:
         name, form, n_gates, share, of_block, saved = (cell.strip() for cell in line.strip("|").split("|"))
@@ -340,5 +378,6 @@ def test_counts_are_those_of_the_models():
 def test_the_readme_shows_the_counts():
     """Figures in the README or NOTES.md that the command beside them no longer prints."""
     table = counts_table()
+    of_1b = [line for line in table if line.startswith("| llama-3.2-1b |")]
     assert "\n".join(table) in (ROOT / "NOTES.md").read_text(encoding="utf-8")
-    assert "\n".join(table[:5]) in (ROOT / "README.md").read_text(encoding="utf-8")      # of Llama-3.2-1B
+    assert "\n".join([*table[:2], *of_1b]) in (ROOT / "README.md").read_text(encoding="utf-8") and len(of_1b) == 3

@@ -1,4 +1,5 @@
-"""Tests of thresholds.py: one frozen threshold, a table of them read between its budgets, and calibration."""
+"""Tests of thresholds.py: one frozen threshold, a table of them read between its budgets, calibration, and the policy
+of a loaded model."""
 import math
 import random
 
@@ -9,7 +10,7 @@ import torch
 from conftest import MAY_SKIP, both_kv, build, llama, on_devices, padding, same_masks
 from console import InputError
 from gates import GRANULARITIES, SkipPolicy, quantile_threshold, skippable_share
-from thresholds import calibrate, frozen_threshold, search, thresholds_at
+from thresholds import calibrate, frozen_threshold, make_policy, search, thresholds_at
 
 
 # One threshold.
@@ -253,3 +254,62 @@ def test_one_token_repeated_alone_and_in_batches(device):
             assert all(m.all() or not m.any() for m in alone)
             skipped += sum((~m).any().item() for m in alone)
     assert skipped >= 10                                         # of 5 x 4 x 6 (token, budget, branch)
+
+
+# The policy of a loaded model.
+
+TRAINED = dict(skip="all", kv="copy_up", budget_start=1.0, budget_end=0.8, schedule="linear")
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """Of a model calibrated at 0.9 and 0.7 (below the 0.8 it was trained for), of one without thresholds, and of one
+    without gates."""
+    table = calibrate(build(llama()), sequences(), [1.0, 0.9, 0.7])
+    return {"calibrated": llama(gateskip=TRAINED | table), "trained": llama(gateskip=dict(TRAINED)),
+            "plain": llama(gate=None)}
+
+
+def test_policy_for_a_model(configs, capsys):
+    """Thresholds of another budget, the batch quantile without a word, settings that are not the trained ones."""
+    calibrated, plain, trained = configs["calibrated"], configs["plain"], configs["trained"]
+    policy = make_policy(calibrated, "auto", 0.85)
+    assert (policy.kind, policy.budget, policy.skip, policy.kv) == ("frozen", 0.85, "all", "copy_up")
+    assert policy.thresholds == thresholds_at(calibrated.gateskip["thresholds"], 0.85)
+    assert "budget 0.85 is not among the calibrated (1.0, 0.9, 0.7): thresholds interpolated" in capsys.readouterr().err
+    assert make_policy(calibrated, "auto", 0.9).thresholds == calibrated.gateskip["thresholds"]["0.9"]
+    assert make_policy(calibrated, "batch", 0.85, kv="dense").kv == "dense" and capsys.readouterr().err == ""
+    assert make_policy(trained, "auto", 0.85).kind == "batch"
+    assert "skips nothing in a decoding step of a single stream" in capsys.readouterr().err
+    for config, kind, budget in ((plain, "auto", 1.0), (calibrated, "frozen", 1.0), (calibrated, "none", 0.5)):
+        assert make_policy(config, kind, budget).kind == "none"
+    a, b, c = (make_policy(plain, "random", 0.5, seed=seed) for seed in (1, 1, 2))
+    masks = [p.keep(0, None, torch.ones(1, 64, dtype=torch.bool)) for p in (a, b, c)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_settings_of_the_training_are_those_of_the_policy():
+    """A model trained with attention skipped and K and V computed, that generation runs with all skipped, copied up."""
+    config = llama(gateskip=dict(skip="attn", kv="dense"))
+    for kind, budget in (("none", 1.0), ("random", 0.8), ("batch", 0.8), ("topk", 0.8)):
+        for asked, kept in ((None, ("attn", "dense")), ("mlp", ("mlp", "dense"))):
+            policy = make_policy(config, kind, budget, skip=asked)
+            assert (policy.kind, policy.budget, policy.skip, policy.kv) == (kind, budget, *kept)
+
+
+def test_policy_that_cannot_be(configs, capsys):
+    """Thresholds used under settings they were not made for, or silently replaced by something else."""
+    for name, kind, budget, settings, complaint in (
+            ("calibrated", "auto", 0.85, dict(kv="dense"),
+             "calibrated with --skip all --kv copy_up, not --skip all --kv dense"),
+            ("calibrated", "frozen", 0.85, dict(skip="attn"), "not --skip attn --kv copy_up"),
+            ("calibrated", "auto", 0.5, {}, "budget 0.5 is below the smallest calibrated one, 0.7"),
+            ("trained", "frozen", 0.85, {}, "--policy frozen: this model is not calibrated"),
+            ("plain", "auto", 0.85, {}, "has no gates"), ("plain", "topk", 0.85, {}, "has no gates"),
+            ("calibrated", "auto", float("nan"), {}, "budget nan"), ("calibrated", "none", 0.0, {}, "budget 0.0")):
+        with pytest.raises(InputError) as error:
+            make_policy(configs[name], kind, budget, **settings)
+        assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""                         # no warning beside an error
+    make_policy(configs["calibrated"], "auto", 0.7)
+    assert capsys.readouterr().err == "warning: budget 0.7 is below 0.8, the lowest this model was trained for\n"

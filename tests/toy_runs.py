@@ -1,6 +1,6 @@
-"""What test_train.py and test_checkpoint.py share: toy runs of train.py, and what they leave on disk.
+"""What the tests of the commands share: a toy model on disk, command lines, and short runs of train.py on the toy.
 
-The model is a two-layer Llama of width 32 on the built-in problems; a run of a few steps takes half a second.
+It is a two-layer Llama of width 32 with the tokenizer of the built-in problems; a run of six steps takes half a second.
 """
 import json
 import shutil
@@ -15,48 +15,65 @@ import train
 from gates import budget_at
 from load_weights import load_tokenizer, new_model, read_json, save_model
 
-ROOT = Path(__file__).parents[1]
-TOY = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
-)
-FLAGS = dict(
-    data="arithmetic", steps=6, batch_size=2, seq_len=160, lr=1e-3, warmup=2, save_every=2, eval_limit=4, device="cpu"
-)
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny-llama"
+TOY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+           head_dim=8)
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A short calibration at the end of every run: one budget beside the trained one, few sequences, few new tokens."""
-    with pytest.MonkeyPatch.context() as m:
-        for name, value in dict(BUDGETS=(0.9,), HELD_OUT=3, CONTINUE=4, plot_metrics=lambda out: None).items():
-            m.setattr(train, name, value)
-        yield
+def toy(path, gate=None, **changes):
+    """(a new model, its tokenizer); the config that they are made of is written into the folder `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**read_json(TINY / "config.json"), **TOY, **changes}))
+    shutil.copy(TINY / "tokenizer.json", path)
+    return new_model(path / "config.json", gate), load_tokenizer(path)
 
 
-@pytest.fixture
-def ctrl_c():
-    """A run that ends in an error leaves its handler behind; a program would be gone by then."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
+def words(*switches, **flags):
+    """A command line: save_every=2 is --save-every 2; switches and the like stand behind the flags, as they are."""
+    return [*(word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))), *switches]
+
+
+# Runs of train.py.
+
+FLAGS = dict(data="arithmetic", steps=6, batch_size=2, seq_len=160, lr=1e-3, warmup=2, save_every=2, eval_limit=4,
+             device="cpu")
+SCHEDULES = {"linear": dict(schedule="linear", grad_accum=2),
+             "uniform": dict(schedule="uniform", budget_end=0.7, gate="scalar")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pretrained model without gates."""
+    """A pretrained model without gates. While it is there, runs end in a short calibration: one budget beside the
+    trained one, few sequences, few new tokens; and without a picture."""
     path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(read_json(ROOT / "examples/tiny-llama/config.json") | TOY))
-    shutil.copy(ROOT / "examples/tiny-llama/tokenizer.json", path)
     torch.manual_seed(0)
-    save_model(new_model(path / "config.json"), path, load_tokenizer(path))
-    return path
+    model, tokenizer = toy(path)
+    save_model(model, path, tokenizer)
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in dict(BUDGETS=(0.9,), HELD_OUT=3, CONTINUE=4, plot_metrics=lambda out: None).items():
+            m.setattr(train, name, value)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, tmp_path_factory):
+    """For each schedule, a run that nothing disturbed."""
+    runs = {}
+    for name, flags in SCHEDULES.items():
+        runs[name] = tmp_path_factory.mktemp("unbroken") / "run"
+        assert run(folder, runs[name], **flags) == 0
+    return runs
 
 
 def run(folder, out, *switches, **flags):
     """train.main on the model in folder; flags as keywords, switches such as --resume as they are."""
-    flags = {"model": folder, "out": out, **FLAGS, **flags}
-    words = [w for name, value in flags.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-    return train.main([*words, *switches])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        return train.main(words(*switches, **{"model": folder, "out": out, **FLAGS, **flags}))
+    except BaseException:                                        # it leaves its own behind: a program would be gone
+        signal.signal(signal.SIGINT, handler)
+        raise
 
 
 def metrics(out):
@@ -69,13 +86,10 @@ def last(out):
 
 def state(out):
     """Everything that a run leaves: weights, optimizer and random state, metrics, config with its calibration."""
-    return {
-        "weights": load_file(last(out) / "model.safetensors"),
-        "train": torch.load(last(out) / "train_state.pt", weights_only=True),
-        "metrics": (out / "metrics.jsonl").read_text(),
-        "config": read_json(last(out) / "config.json"),
-        "files": sorted(p.name for p in out.iterdir()),
-    }
+    return {"weights": load_file(last(out) / "model.safetensors"),
+            "train": torch.load(last(out) / "train_state.pt", weights_only=True),
+            "metrics": (out / "metrics.jsonl").read_text(), "config": read_json(last(out) / "config.json"),
+            "files": sorted(p.name for p in out.iterdir())}
 
 
 def same_bits(a, b, where="state"):
@@ -98,8 +112,12 @@ class Killed(BaseException):
     """The process is gone; nothing catches it."""
 
 
+def kill():
+    raise Killed
+
+
 def at_step(monkeypatch, wanted, action):
-    """Run action() in the middle of step `wanted` of the next run."""
+    """Do action() in the middle of step `wanted` of the next run; undone by `undisturbed`."""
     def hooked(step, *rest):
         if step == wanted:
             action()
@@ -107,21 +125,5 @@ def at_step(monkeypatch, wanted, action):
     monkeypatch.setattr(train, "budget_at", hooked)
 
 
-def kill():
-    raise Killed
-
-
-SCHEDULES = {
-    "linear": dict(schedule="linear", grad_accum=2),
-    "uniform": dict(schedule="uniform", budget_end=0.7, gate="scalar"),
-}
-
-
-@pytest.fixture(scope="module")
-def unbroken(folder, small, tmp_path_factory):
-    """For each schedule, a run that nothing disturbed; and what it printed."""
-    runs = {}
-    for name, flags in SCHEDULES.items():
-        runs[name] = tmp_path_factory.mktemp("unbroken") / "run"
-        assert run(folder, runs[name], **flags) == 0
-    return runs
+def undisturbed(monkeypatch):
+    monkeypatch.setattr(train, "budget_at", budget_at)
