@@ -54,8 +54,9 @@ def told(error):
     path, nearest, named = Path(error.filename).absolute(), (False, 0), ""
     for flag, value in given.items():
         place = Path(value).absolute() if isinstance(value, str) and value else Path("/")
-        above = place in (path, *path.parents)                   # or below: a folder on the way could not be made
-        if (above or path in place.parents) and (above, len(place.parts)) > nearest and len(place.parts) > 1:
+        above = place in (path, *path.parents)
+        below = path in place.parents and os.sep in value        # a folder on the way to it could not be made
+        if (above or below) and (above, len(place.parts)) > nearest and len(place.parts) > 1:
             nearest, named = (above, len(place.parts)), f"{flag} {value}: "
     return f"{named}{error.strerror}: {error.filename}"
 
@@ -66,7 +67,7 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
     interrupted: what to say after Ctrl-C. out_of_memory: the way out of it. Exit code: what main returns; 1 after an
     error, 130 after Ctrl-C, 141 where the reader of our output has gone, as after `| head`.
     """
-    for stream in (sys.stdout, sys.stderr):                      # a terminal may lack a character
+    for stream in filter(None, (sys.stdout, sys.stderr)):        # a terminal may lack a character
         stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:    # as under nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,7 +75,7 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
         try:
             status = main()
         finally:
-            sys.stdout.flush()                                   # here, and not where nobody can catch what it raises
+            sys.stdout and sys.stdout.flush()                    # here, and not where nobody can catch what it raises
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -92,6 +93,8 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
 
 
 # A command of ours is starting, and has imported nothing else yet: Ctrl-C has nothing to save before run() takes over.
-_command = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-if _command.parent == Path(__file__).resolve().parent and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_commands = [Path(__file__).with_name(f"{name}.py").resolve() for name in
+             ("by_hand", "train", "generate", "data", "eval_gsm8k", "bench", "bench_peer")]
+if (Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve() in _commands
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

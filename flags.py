@@ -24,11 +24,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def error(self, message):
-        raise InputError(f"{message.removeprefix('argument ')}; --help lists the flags")
+        raise InputError(f"{' '.join(message.split()).removeprefix('argument ')}; --help lists the flags")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        console.given = {a.option_strings[0]: getattr(args, a.dest) for a in self._actions if hasattr(args, a.dest)}
+        console.given = {(a.option_strings or [a.dest])[0]: getattr(args, a.dest) for a in self._actions
+                         if hasattr(args, a.dest)}
         return args
 
 

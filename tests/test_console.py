@@ -305,16 +305,40 @@ def test_only_our_commands_get_the_handler(tmp_path):
             "handler = signal.getsignal(signal.SIGINT); print(handler.__module__, repr(handler))")
     for folder in (ours, theirs):
         folder.mkdir()
-        (folder / "command.py").write_text(show)
+        (folder / "train.py").write_text(show)
     shutil.copy(console.__file__, ours)
-    (theirs / "link.py").symlink_to(ours / "command.py")
+    (ours / "my_experiment.py").write_text(show)                 # a program of the user's, beside ours
+    (theirs / "link.py").symlink_to(ours / "train.py")
 
     def handler(*command, before=signal.SIG_DFL):
         process = start(*command, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, before))
         out, err = process.communicate()
         assert err == "" and process.returncode == 0
         return out
-    for command in ("ours/command.py", ours / "command.py", "theirs/../ours/command.py", "theirs/link.py"):
+    for command in ("ours/train.py", ours / "train.py", "theirs/../ours/train.py", "theirs/link.py"):
         assert handler(command).startswith("console "), command
-    assert "default_int_handler" in handler("theirs/command.py") and "default_int_handler" in handler("-c", show)
-    assert "SIG_IGN" in handler("ours/command.py", before=signal.SIG_IGN)                    # as under nohup
+    for command in (["theirs/train.py"], ["ours/my_experiment.py"], ["-c", show]):
+        assert "default_int_handler" in handler(*command), command
+    assert "SIG_IGN" in handler("ours/train.py", before=signal.SIG_IGN)                      # as under nohup
+
+
+def test_errors_name_only_flags_that_are_paths(tmp_path, monkeypatch):
+    """--dtype blamed for a folder that cannot be read; a folder on the way to --json that goes unnamed; a positional word."""
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "given", {"--dtype": "float32", "--json": "file/rows.json"})
+    assert told(NotADirectoryError(20, "Not a directory", "file")) == "--json file/rows.json: Not a directory: file"
+    monkeypatch.setattr(console, "given", {"--dtype": "float32"})
+    assert told(PermissionError(13, "Permission denied", str(tmp_path))) == f"Permission denied: {tmp_path}"
+    p = Parser("A command.")
+    p.add_argument("model")
+    assert p.parse_args(["here"]).model == "here" and console.given["model"] == "here"
+    with pytest.raises(InputError) as error:
+        p.parse_args(["a", "b\nc"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_closed_output_is_no_error(tmp_path):
+    """`python data.py >&-`: sys.stdout is None, and None has no reconfigure."""
+    done = subprocess.run(f"exec {sys.executable} data.py --n 1 >&-", shell=True, cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
