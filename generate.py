@@ -216,7 +216,7 @@ def main(argv=None):
             print(f"{texts[i]}{tokenizer.decode(new)}")
     count = sum(map(len, result.tokens))
     print(f"\n{legend(colour)}" if args.show_compute else "")
-    print(f"{policy.kind}, budget {budget}: {savings_line(result.savings.report(), args.compute)}")
+    print(f"{policy.kind}, budget {policy.budget}: {savings_line(result.savings.report(), args.compute)}")
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
 

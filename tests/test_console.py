@@ -323,7 +323,7 @@ def test_only_our_commands_get_the_handler(tmp_path):
 
 
 def test_errors_name_only_flags_that_are_paths(tmp_path, monkeypatch):
-    """--dtype blamed for a folder that cannot be read; a folder on the way to --json that goes unnamed; a positional word."""
+    """--dtype blamed for a folder that cannot be read, a folder on the way to --json that goes unnamed, a bare word."""
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console, "given", {"--dtype": "float32", "--json": "file/rows.json"})
