@@ -164,9 +164,8 @@ def start_call(shape, device, positions, valid, cache, policy, compact):
     Arguments as of Model.forward. Advances the cache's lengths. ValueError when the cache is too short.
     """
     B, S = shape
-    fresh, plain = cache is None or cache.used == 0, valid is None and positions is None
-    if cache is not None and not cache.uniform:
-        plain = False
+    fresh = cache is None or cache.used == 0
+    plain = valid is None and positions is None and (cache is None or cache.uniform)
     if positions is None:
         step = torch.arange(S, device=device)[None] if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
         start = 0 if fresh else cache.used if cache.uniform else cache.lengths[:, None]
