@@ -38,7 +38,7 @@ def threshold(g_bar, budget):
 
 
 def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", earlier=None):
-    """Algorithm 1, lines 4-16, on the tokens of one pass. A2: the same in Algorithm 2, where A is these tokens.
+    """Algorithm 1, h_0 of line 2 and lines 4-16, on the tokens of one pass. A2: the same in Algorithm 2.
 
     thresholds: a fixed tau per branch, no quantile. earlier: KV of the tokens before; it grows. Returns logits (S, V),
     g[branch][token] (H,) or (1,), keep[branch][token] bool, KV[layer][position] = keys and values, a (D,) per head.
@@ -49,13 +49,13 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
     for branch in range(2 * len(layers)):                                        # line 4, A2 line 2
         layer, is_mlp = divmod(branch, 2)                                        # attn 0, mlp 0, attn 1, mlp 1, ...
         block, gate = layers[layer], model.gates_of(layers[layer])[is_mlp]
-        norm_in, norm_out = block.input_layernorm, block.post_attention_layernorm
-        if is_mlp and c.gemma:                                                   # only Gemma uses norm_out
+        norm_in, norm_out = block.input_layernorm, block.post_attention_layernorm        # norm_out: Gemma's only
+        if is_mlp and c.gemma:
             norm_in, norm_out = block.pre_feedforward_layernorm, block.post_feedforward_layernorm
         elif is_mlp:
             norm_in = block.post_attention_layernorm
         x = [norm(h_i, norm_in, c) for h_i in h]                                 # S of (H,): what the module reads
-        # S of (H,) or (1,); without gates 1, which is eq. 1
+        # S of (H,) or (1,), made from x; printed: from h (gate.config.input). Without gates 1, which is eq. 1
         g = [gate_of(gate, x_i, h_i) for x_i, h_i in zip(x, h)]                  # line 6, A2 line 4
         ablated = gate is not None and gate.config.placement == "before"         # then the gate multiplies the input
         x = [g_i * x_i for g_i, x_i in zip(g, x)] if ablated else x
@@ -88,24 +88,28 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
 
 def training_step(model, ids, answer_from, step, total, lam=0.1, kind="l2", b_1=1.0, b_2=0.8, **how):
     """Algorithm 1: the loss of one step (from 0) on one sequence; ids[answer_from:] is the answer. how: of forward."""
-    t, T = step + 1, total                                                       # line 1: for t = 1 .. T
+    t, T = step + 1, total                                                       # line 1: for t; line 2: (x, y) is ids
     b_t = b_1 - (b_1 - b_2) * (t - 1) / (T - 1) if t < T else b_2                # line 3
-    logits, all_g, _, _ = forward(model, ids, b_t, **how)                        # line 2: (x, y) is ids
+    logits, all_g, _, _ = forward(model, ids, b_t, **how)                        # (S, V), [branch][token] of (H,)
     answer = range(answer_from, len(ids))                                        # token s is predicted at s - 1
     L_CE = -sum(logits[s - 1].log_softmax(0)[ids[s]] for s in answer) / len(answer)              # line 17: eq. 3
-    power = {"l1": 1, "l2": 2}[kind]             # line 18 prints |g|, eq. 4 a 2-norm; the default is the authors' g^2
-    L_S = sum((g_i ** power).mean() for g in all_g for g_i in g) / (len(all_g) * len(ids))       # line 18: eq. 4
+    size = {"l1": lambda g: g.mean(),                                            # line 18 as printed: |g|
+            "l2_norm": lambda g: g.pow(2).mean(0).sqrt().mean(),                 # eq. 4, here over sqrt(S)
+            "l2": lambda g: g.pow(2).mean()}[kind]                               # the default: the authors' code
+    L_S = sum(size(torch.stack(g)) for g in all_g) / len(all_g)                  # of (S, H) each
     return L_CE + lam * L_S                      # eq. 5; line 19: update by backward() and AdamW; line 20: end for t
 
 
 @torch.no_grad()
 def generate(model, prompt, steps, eos=(), b_hat=1.0, **how):
-    """Algorithm 2, greedy, one pass a token. Fixed thresholds decide as a pass over the whole text would: causally."""
-    A, KV, new = list(prompt), None, []                                          # A2 line 1: A, what is not finished
-    while A and len(new) < steps:
-        logits, _, _, KV = forward(model, A, b_hat, earlier=KV, **how)
+    """Algorithm 2, greedy, one pass a token. Fixed thresholds decide as a pass over the whole text would: causally.
+    A quantile looks ahead in the prompt, and then keeps every token, since each is alone in its pass."""
+    # A2 line 1: with one sequence, A holds it or nothing; ids are the tokens of its next pass
+    ids, KV, new = list(prompt), None, []
+    while ids and len(new) < steps:
+        logits, _, _, KV = forward(model, ids, b_hat, earlier=KV, **how)
         new.append(logits[-1].argmax().item())                                   # A2 line 16
-        A = [] if new[-1] in eos else new[-1:]                                   # A2 line 14, once a pass
+        ids = [] if new[-1] in eos else new[-1:]                                 # A2 line 14, once a pass
     return new
 
 

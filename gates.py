@@ -95,11 +95,11 @@ class Gate(nn.Module):
     def init_weights(self, generator=None):
         """Section 3.4: weights Gaussian with std 0.01 and bias 5, so that a fresh gate is nearly open (0.993)."""
         std = 0.01
-        if self.config.arch == "mlp":                                   # PyTorch's default for the first layer
+        if self.config.arch == "mlp":                            # the first layer has PyTorch's default
             bound = self.inner.in_features ** -0.5
             self.inner.weight.uniform_(-bound, bound, generator=generator)
             self.inner.bias.uniform_(-bound, bound, generator=generator)
-        elif self.config.arch == "lowrank":                             # U V x has the statistics of a full W_G x
+        elif self.config.arch == "lowrank":                      # U V x has the statistics of a full W_G x
             hidden, rank = self.inner.in_features, self.inner.out_features
             self.inner.weight.normal_(0, hidden ** -0.5, generator=generator)
             std = 0.01 * (hidden / rank) ** 0.5
@@ -147,7 +147,7 @@ def select_tokens(scores, budget, valid=None):
     if check_budget(budget) >= 1.0 or scores.numel() == 0:
         return valid
     tau = quantile_threshold(scores, 1.0 - budget, valid)        # line 8 of Algorithm 1, line 6 of Algorithm 2: eq. 6
-    keep = valid & (scores.double() > tau)                       # lines 9-15, 7-13: g-bar <= tau is skipped
+    keep = valid & (scores.double() > tau)                       # line 10 of Algorithm 1: g-bar <= tau is skipped
     largest = scores.masked_fill(~valid, -torch.inf).max()
     return torch.where(keep.any(), keep, valid & (scores == largest))
 
@@ -220,7 +220,7 @@ class SkipPolicy:
             return valid
         if scores is None and self.kind not in ("random", "given"):
             raise InputError(f"policy {self.kind!r} ranks tokens by gates and this model has none: use random or none")
-        if self.kind == "batch":                                 # the paper: lines 8-15 of Algorithm 1
+        if self.kind == "batch":                                 # the paper: line 8 of Algorithm 1
             return select_tokens(scores, self.budget, valid)
         if self.kind == "frozen":                                # float64: tau may lie between two neighbouring floats
             return valid & (scores.double() > self.thresholds[branch])
@@ -270,9 +270,9 @@ def sparsity_loss(gates, valid=None, kind="l2", budget=1.0):
         if kind == "l2":
             total = total + (g * g).sum() / (n * g.shape[-1])
         elif kind == "l1":
-            total = total + g.sum() / (n * g.shape[-1])
+            total = total + g.sum() / (n * g.shape[-1])          # line 18 of Algorithm 1, as printed
         elif kind == "l2_norm":
-            total = total + ((g * g).sum((0, 1)) / n).sqrt().mean()
+            total = total + ((g * g).sum((0, 1)) / n).sqrt().mean()           # eq. 4
         elif kind == "kl":
             mean, b = g.sum() / (n * g.shape[-1]), min(max(budget, 0.01), 0.99)
             mean = mean.clamp(1e-6, 1 - 1e-6)

@@ -77,11 +77,12 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
     active = list(range(len(prompts)))                           # line 1: A, the sequences that go on
 
     for step in range(max_new_tokens):
-        logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute, last=True)   # lines 2-13
+        # h_0 of line 1, and lines 2-13
+        logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute, last=True)
         savings.add(trace, "answer" if step else "prompt")
         calls.append((active, trace.valid, torch.stack(trace.keep).float().mean(0)))                  # (B, S)
         ids, valid = sampling.draw(logits)[:, None], None        # line 16: (B, 1)
-        new = ids[:, 0].tolist()                                 # the one host synchronisation of a step
+        new = ids[:, 0].tolist()                                 # a host synchronisation; compact has one a branch too
         for i, token in zip(active, new):
             tokens[i].append(token)
             if on_token is not None:

@@ -208,14 +208,15 @@ class Block(nn.Module):
         kv, all_g, all_scores = None, [], []
         for branch, (norm, f, norm_after) in enumerate(self.branches(), 2 * self.layer):     # line 4
             x, g, scores, gate = norm(h), None, None, gates[branch % 2]          # (B, S, H)
-            if gate is not None:                                                 # (B, S, H or 1), (B, S): lines 6-7
-                g, scores = gate(h if gate.config.input == "residual" else x)
+            if gate is not None:                                                 # printed: of h, here of x by default
+                g, scores = gate(h if gate.config.input == "residual" else x)    # (B, S, H or 1), (B, S): lines 6-7
                 if gate.config.placement == "before":
                     x = x * g.to(x.dtype)
             if branch not in call.keep:                                          # not anew where a backward recomputes
                 follows = call.policy.skip == "layer" and branch % 2             # whole layers are decided at attention
+                # line 8: SkipPolicy.keep in gates.py
                 call.keep[branch] = call.keep[branch - 1] if follows else call.policy.keep(branch, scores, call.valid)
-            rows = call.rows(call.keep[branch])                                  # who passes: line 8
+            rows = call.rows(call.keep[branch])                                  # rows.py: Everyone, Masked or Kept
             looked_at = ()
             if f is self.self_attn:
                 kv = f.keys_values(x, rows, below, call)                         # (B, S, Hkv, D) each
@@ -225,7 +226,7 @@ class Block(nn.Module):
                 o = o if norm_after is None else norm_after(o)
                 if gate is not None and gate.config.placement == "after":
                     o = o * rows.take(g).to(o.dtype)                             # eq. 2; without a gate it is eq. 1
-                h = rows.add(h, o)                                               # lines 9-15: the others keep their h
+                h = rows.add(h, o)                                               # lines 9-15, e.g. Masked.add
             all_g.append(g)
             all_scores.append(scores)
         return h, kv, all_g, all_scores                                          # line 16
@@ -325,14 +326,14 @@ class Model(nn.Module):
         call = start_call(input_ids.shape, h.device, positions, valid, cache, policy, compute == "compact")
         call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full row
 
-        below, gates, scores = None, [], []
+        below, all_g, all_scores = None, [], []
         for block in self.model["layers"]:                                       # line 4, two branches at a time
             arguments = h, below, self.gates_of(block), call
             if checkpoint_blocks and torch.is_grad_enabled():
                 h, below, g, s = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 h, below, g, s = block(*arguments)
-            gates, scores = gates + g, scores + s
+            all_g, all_scores = all_g + g, all_scores + s
 
         if places is not None:
             h = h.flatten(0, 1)[places]                                          # (N, H)
@@ -344,6 +345,6 @@ class Model(nn.Module):
 
         gated = self.config.gate is not None
         keep_gates = self.training if keep_gates is None else keep_gates
-        return logits, Trace(scores=scores if gated else None, keep=[call.keep[b] for b in range(len(scores))],
-                             gates=gates if gated and keep_gates else None, valid=call.valid, keys=call.keys,
+        return logits, Trace(scores=all_scores if gated else None, keep=[call.keep[b] for b in range(len(all_scores))],
+                             gates=all_g if gated and keep_gates else None, valid=call.valid, keys=call.keys,
                              logit_rows=logits[..., 0].numel(), kv=policy.kv)

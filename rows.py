@@ -46,7 +46,7 @@ class Masked(Everyone):
         return torch.where(self.keep[..., None, None], new, old)
 
     def add(self, h, o):
-        return torch.where(self.keep[..., None], h + o, h)
+        return torch.where(self.keep[..., None], h + o, h)       # lines 9-15 of Algorithm 1
 
 
 class Kept:

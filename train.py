@@ -112,12 +112,12 @@ def main(argv=None):
             input_ids, loss_mask, valid = collate(picked[start:start + args.batch_size])         # (B, S) each
             places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))        # (N,), (N,)
             valid = None if valid.all() else valid.to(device)
-            # lines 4-16: the forward() of Block in model.py
+            # model.py: Model.forward for h_0 of line 2 and the layers of line 4, Block.forward for lines 4-16
             logits, trace = forward(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,
                                     places=places, checkpoint_blocks=args.checkpoint_activations)        # (N, V)
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens       # line 17: L_CE, eq. 3
             sparsity = ce.new_zeros(())
-            if gate is not None:                                                                 # line 18: L_S, eq. 4
+            if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 sparsity = sparsity_loss(trace.gates, valid, args.sparsity_loss, b) / args.grad_accum
             (ce + args.sparsity_weight * sparsity).backward()                                    # line 19: L, eq. 5
             with torch.no_grad():
@@ -130,7 +130,8 @@ def main(argv=None):
         optimizer.step()                                                                         # line 19: update
         optimizer.zero_grad(set_to_none=True)
 
-        *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()                     # the step's only wait
+        # the loop's only wait for the device; compact waits once a branch too
+        *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
         row = {"step": step, "loss": sums["ce"] + args.sparsity_weight * sums["sparsity"], "ce": sums["ce"],
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,

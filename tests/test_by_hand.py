@@ -245,7 +245,8 @@ def test_the_oracle_is_independent(monkeypatch):
 
 @both_ways
 @both_kv
-@pytest.mark.parametrize("skip, kind", [("all", "l2"), ("all", "l1"), ("layer", "l2"), ("alternate", "l1")])
+@pytest.mark.parametrize("skip, kind", [("all", "l2"), ("all", "l1"), ("all", "l2_norm"), ("layer", "l2"),
+                                        ("alternate", "l1")])
 @families
 def test_loss_and_gradients(family, skip, kind, kv, compute):
     """A loss on the question, off by one token, or averaged over something else; a sparsity loss of the wrong power;
