@@ -72,7 +72,7 @@ def draw_branch(axis):
     axis.texts[-1].set_position((5.05, 4.3))
     arrow(axis, (3.4, 4.6), (3.4, 6.0))
     arrow(axis, (8.2, 4.75), (8.2, 7.3), (0.85, 7.3), colour="#b35c00")
-    axis.text(8.05, 7.45, "no: h stays, nothing is computed (of attention, K and V are copied up)", ha="right",
+    axis.text(8.05, 7.45, "no: h stays; of attention, K and V are copied up", ha="right",
               va="bottom", fontsize=9.5, color=INK)
     arrow(axis, (6.9, 3.0), (6.9, 3.35), (5.6, 3.35), (5.6, 6.4), (4.65, 6.4))
     arrow(axis, (2.15, 6.4), (0.85, 6.4))
