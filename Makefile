@@ -5,7 +5,7 @@ PY := .venv/bin/python
 .PHONY: setup demo test
 setup:
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, tqdm, pytest, matplotlib, pyarrow" 2>/dev/null \
+	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, matplotlib, pyarrow" 2>/dev/null \
 		|| $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 
 demo: setup

@@ -17,10 +17,11 @@ import torch
 
 from data import prompt_text
 from gates import GRANULARITIES, KV_OF_SKIPPED, check_budget
-from load_weights import chat_template, check_fit, load_model, load_tokenizer
+from load_weights import check_fit, load_model, load_tokenizer
 from rows import KVCache
 from savings import Savings, savings_line
 from thresholds import make_policy
+from tokens import chat_template
 
 
 @dataclass

@@ -14,9 +14,11 @@ ALLOWED = {
     "console": set(), "linear": set(), "rows": set(), "flags": {"console"}, "decoder_by_hand": set(),
     "by_hand": {"console", "decoder_by_hand"},
     "gates": {"console", "linear"}, "model": {"console", "gates", "rows", "linear"}, "savings": {"model", "gates"},
-    "thresholds": {"console", "gates"}, "load_weights": {"console", "gates", "model"}, "problems": {"console"},
-    "data": {"console", "flags", "problems"}, "checkpoint": {"console", "load_weights"},
-    "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds"},
+    "disk": {"console"}, "tokens": {"console"}, "problems": {"console"}, "read_data": {"console", "problems"},
+    "thresholds": {"console", "gates"}, "load_weights": {"console", "disk", "gates", "model"},
+    "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
+    "checkpoint": {"console", "disk", "load_weights"},
+    "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds", "tokens"},
 }
 TORCH_ONLY = ("by_hand", "decoder_by_hand", "linear", "gates", "rows", "model", "savings", "thresholds")
 

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import load_weights
 from console import InputError
 from gates import GateConfig
-from load_weights import (chat_template, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
+from load_weights import (config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
                           save_config, save_model, weight_files)
+from tokens import chat_template
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 NAMES = ("llama_rope3", "llama_untied", "gemma2")
