@@ -12,6 +12,7 @@ accuracy.
 Shapes: B batch, S sequence, L layers.
 """
 import json
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bench_peer import bench_peer
+from disk import check_writable, write
 from gates import Gate, SkipPolicy
 from load_weights import load_model
 from model import Model, ModelConfig
@@ -220,13 +222,24 @@ def parse_args(argv):
     return args
 
 
+def check_output(flag, path):
+    """InputError where a file cannot be written: before the work, and not after it."""
+    try:
+        check_writable(Path(path).parent)
+        if Path(path).exists() and not (Path(path).is_file() and os.access(path, os.W_OK)):
+            raise OSError(0, "no file, or one that may not be written")
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be written ({error.strerror}): give another file") from None
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.counts:
         print("\n".join(counts_table()))
         return 0
-    for path in filter(None, (args.png, args.json)):             # before the work, not after it
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    check_output("--png", args.png)
+    if args.json:
+        check_output("--json", args.json)
     device, dtype = pick_device(args.device, args.dtype)
     shape = "small" if args.quick else args.shape
     if args.model:
@@ -257,7 +270,7 @@ def main(argv=None):
             works.append((work, tokens.shape, lambda once=once: measure({0: once}, 1, device, work)[0][0]))
         rows += bench_peer(args.model, works, STEPS, args.repeats)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        write(Path(args.json).resolve(), json.dumps(rows, indent=1))
     plot(rows, args.png)
     print(f"\nwritten: {args.png}" + (f", {args.json}" if args.json else ""))
     return 0

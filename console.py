@@ -6,13 +6,19 @@ closed pipe and whatever the user can mend end the program with one line at most
 import argparse
 import os
 import re
+import shutil
 import signal
 import sys
+import sysconfig
 from pathlib import Path
 
 
 class InputError(argparse.ArgumentTypeError, ValueError):
     """A mistake of the user's, told in one line with the way out; the commands print no traceback for it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster sends it before it kills: the same as Ctrl-C but for the exit code."""
 
 
 given = {}                                                       # flag -> value, of the command line (flags.py)
@@ -34,6 +40,15 @@ def pick_device(name=None, dtype="float32", tf32=False):
     exactly = "TF32 products" if tf32 else "no TF32" if device.type == "cuda" else "as on disk or cast to it"
     print(f"device: {device} ({reason}); {dtype} ({exactly}); gates and scores in float32", file=sys.stderr)
     return device, getattr(torch, dtype)
+
+
+def check_compiler():
+    """InputError unless torch.compile finds what it builds with: a C++ compiler, and Python's headers."""
+    missing = {"C++ compiler (g++)": shutil.which((os.environ.get("CXX") or "g++").split()[0]),
+               "Python.h (python3-dev)": Path(sysconfig.get_path("include"), "Python.h").exists()}
+    for what, found in missing.items():
+        if not found:
+            raise InputError(f"--compile needs a {what} and there is none here: install it, or leave --compile out")
 
 
 def pyplot():
@@ -61,16 +76,21 @@ def told(error):
     return f"{named}{error.strerror}: {error.filename}"
 
 
+def _terminated(*_):
+    raise Terminated
+
+
 def run(main, interrupted="", out_of_memory="make the batch smaller"):
     """Run a command and leave the process. What the user can mend is one line on stderr, told after any progress bar.
 
     interrupted: what to say after Ctrl-C. out_of_memory: the way out of it. Exit code: what main returns; 1 after an
-    error, 130 after Ctrl-C, 141 where the reader of our output has gone, as after `| head`.
+    error, 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of our output has gone, as after `| head`.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):        # a terminal may lack a character
         stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:    # as under nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         try:
             status = main()
@@ -85,8 +105,8 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
             raise
         status = f"error: out of memory: {out_of_memory}"
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        status = 143 if isinstance(error, Terminated) else 130
         if interrupted:
             print(f"\n{interrupted}", file=sys.stderr)
     sys.exit(status)

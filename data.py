@@ -9,6 +9,7 @@ problems, which need no download. `python data.py` shows some; `python data.py -
 """
 import hashlib
 import random
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from flags import Parser, seed_number, whole
 
 import torch
 
-from problems import SPLITS, Example, arithmetic, train_tokenizer
+import disk
+from problems import SPLITS, arithmetic, train_tokenizer
 from read_data import read_examples
+from tokens import encode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ def target_text(reasoning, answer):
 
 def encode_prompt(tokenizer, question):
     """-> list[int]: the prompt, with what the tokenizer's post-processor puts in front (BOS for Llama 3 and Gemma)."""
-    return tokenizer.encode(prompt_text(question)).ids
+    return encode(tokenizer, prompt_text(question))
 
 
 def encode_example(tokenizer, example, eos_id):
@@ -45,10 +48,11 @@ def encode_example(tokenizer, example, eos_id):
 
     Example: the target and its EOS are predicted, the prompt is not. Document: all but the first token."""
     if isinstance(example, str):
-        ids = tokenizer.encode(example).ids + [eos_id]
+        ids = encode(tokenizer, example)
+        ids += [eos_id] * (ids[-1:] != [eos_id])                 # a text may spell its end
         return ids, [False] + [True] * (len(ids) - 1)
     prompt = encode_prompt(tokenizer, example.question)
-    target = tokenizer.encode(target_text(example.reasoning, example.answer), add_special_tokens=False).ids + [eos_id]
+    target = encode(tokenizer, target_text(example.reasoning, example.answer), front=False) + [eos_id]
     return prompt + target, [False] * len(prompt) + [True] * len(target)
 
 
@@ -116,20 +120,31 @@ def batch_at(n, batch_size, seed, step):
     return [_epoch_order(n, seed, p // n)[p % n] for p in positions]
 
 
+def _text(example):
+    return example if isinstance(example, str) else example.question
+
+
+def question_of(example):
+    """What two examples share if one gives the other away: the question, or the document, without what may differ
+    where someone has copied it: case, blanks, the punctuation at its end, Unicode's other forms of a character."""
+    return " ".join(unicodedata.normalize("NFKC", _text(example)).casefold().split()).rstrip(" .,:;!?\"'。؟।")
+
+
 def hold_out(examples, *sizes):
     """-> (rest, set1, set2, …): one held-out list of each size, but at most 1/8 of the examples in each.
 
     Those whose question (or document) has the smallest sha256: the same ones in any order of the file, and examples
-    with the same question stay together, so none leaks from one list into another. InputError if a list stays empty."""
+    that share it (question_of) stay together, so none leaks from one list into another. InputError if a list stays
+    empty."""
     groups, limit = {}, len(examples) // 8
     for example in examples:
-        text = example.question if isinstance(example, Example) else example
-        groups.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(example)
+        groups.setdefault(question_of(example), []).append(example)
+    first = lambda question: min(hashlib.sha256(_text(example).encode()).digest() for example in groups[question])
     held = [[] for _ in sizes]
-    for digest in sorted(groups):
+    for question in sorted(groups, key=first):
         for part, size in zip(held, sizes):
-            if len(part) + len(groups[digest]) <= min(size, limit):
-                part += groups.pop(digest)
+            if len(part) + len(groups[question]) <= min(size, limit):
+                part += groups.pop(question)
                 break
     if any(size > 0 and not part for part, size in zip(held, sizes)):
         raise InputError(f"{len(examples)} examples are too few to hold some out: at least 8 different ones are needed")
@@ -139,7 +154,8 @@ def hold_out(examples, *sizes):
 def load_sets(args, tokenizer, eos_id, held_out):
     """{"train", "calibration", "check", "eval"}: lists of (ids, loss_mask), disjoint. Says what was dropped.
 
-    args: train.py's flags. held_out: how many examples are put aside for each of calibration, check and eval."""
+    args: train.py's flags; its limits count items: what fits into one row of a batch, however long the documents are.
+    held_out: how many examples are put aside for each of calibration, check and eval."""
     if args.data == "arithmetic":
         held, n = load_examples("arithmetic", "calibration", 2 * held_out, args.seed), args.batch_size * args.grad_accum
         texts = {"train": load_examples("arithmetic", "train", min(args.steps * n, 200_000), args.seed),
@@ -151,13 +167,16 @@ def load_sets(args, tokenizer, eos_id, held_out):
     if args.eval_data:
         texts["eval"] = load_examples(args.eval_data, "test", args.eval_limit)
     sets, dropped = {}, 0
-    for name in ("calibration", "check"):
-        texts[name] = texts[name][:args.calibration_sequences]
+    limits = {"calibration": args.calibration_sequences, "check": args.calibration_sequences, "eval": args.eval_limit}
     for name, examples in texts.items():
-        sets[name], n = encode_all(examples, tokenizer, eos_id, args.seq_len)
-        dropped += n
+        limit = limits.get(name)                                 # None: all of them
+        items, n = encode_all(examples[:limit], tokenizer, eos_id, args.seq_len)
+        if limit and len(items) > limit:                         # windows: from all over the documents
+            items = [items[i] for i in _epoch_order(len(items), 0, 0)[:limit]]
+        sets[name], dropped = items, dropped + n
     note = f"; {dropped} longer than --seq-len {args.seq_len} left out" if dropped else ""
-    if shared := len(set(texts["train"]) & set(texts["eval"])):
+    trained_on = set(map(question_of, texts["train"]))
+    if shared := sum(question_of(example) in trained_on for example in texts["eval"]):
         note += f"; CAUTION: {shared} of the eval problems are trained on, they are in --data too"
     print("data: " + ", ".join(f"{len(items)} {name}" for name, items in sets.items()) + note)
     return sets
@@ -185,8 +204,15 @@ def main(argv=None):
     p.add_argument("--seed", type=seed_number, default=0, help="of the arithmetic problems")
     p.add_argument("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
     args = p.parse_args(argv)
-    if args.make_tokenizer:
-        Path(args.make_tokenizer).write_text(make_tokenizer().to_str(pretty=True), encoding="utf-8")
+    if args.make_tokenizer is not None:
+        path = Path(args.make_tokenizer)
+        if path.exists() and not path.is_file():
+            raise InputError(f"--make-tokenizer {path}: a folder or a device: give the name of a file")
+        try:
+            disk.write(path, make_tokenizer().to_str(pretty=True))
+        except OSError as error:
+            raise InputError(f"--make-tokenizer {path}: {error.strerror}: give a file in a folder that is there and "
+                             "can be written") from None
         return 0
     for example in load_examples(args.data, args.split, args.n, args.seed):
         text = example if isinstance(example, str) else prompt_text(example.question) + target_text(*example[1:])

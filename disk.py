@@ -3,10 +3,12 @@
 A rename may reach the disk before the bytes of the file that it names. So: write under a temporary name, sync the file,
 rename, sync the folder that holds the name.
 """
+import errno
 import os
+import shutil
 import socket
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from console import InputError
@@ -19,6 +21,9 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):     # a network share that syncs no folders: it does
+            raise                                                # what it can
     finally:
         os.close(descriptor)
 
@@ -63,17 +68,27 @@ def check_writable(folder):
 
 @contextmanager
 def only_one(folder, flag="--out"):
-    """Hold the folder's lock, a file .lock in it, as long as the `with` lasts. InputError that names who holds it.
+    """Make the folder, and hold its lock, a file .lock in it, as long as the `with` lasts.
 
-    The system lets go of a dead process's lock, so a file that was left behind blocks nobody."""
-    lock, holder = FileLock(Path(folder) / ".lock", timeout=0), Path(folder) / ".lock"
+    InputError that names who holds it, OSError where one cannot write. The system lets go of a dead process's lock, so a
+    file that was left behind blocks nobody. A folder that was made here and stays empty goes again.
+    """
+    folder, holder = Path(folder), Path(folder) / ".lock"
+    made = not folder.exists()
+    check_writable(folder)
+    lock = FileLock(holder, timeout=0.2)                         # by then whoever holds it has written its name
     try:
         lock.acquire()
     except Timeout:
-        who = holder.read_text(errors="replace").strip() or "another process"
-        raise InputError(f"{flag} {folder} is being written by {who}: wait for it, or choose another {flag}") from None
+        who = " ".join(holder.read_text(errors="replace").split()) if holder.is_file() else ""
+        raise InputError(f"{flag} {folder} is being written by {who or 'another process'}: wait for it, or choose "
+                         f"another {flag}") from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if type(lock) is FileLock:                               # else filelock's own marker, where there is no flock
+            with suppress(OSError):                              # a full disk: the name is a courtesy
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
+        if made and os.listdir(folder) == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()

@@ -21,7 +21,7 @@ from load_weights import check_fit, load_model, load_tokenizer
 from rows import KVCache
 from savings import Savings, savings_line
 from thresholds import make_policy
-from tokens import chat_template
+from tokens import chat_template, continuation, encode, pieces
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Sampling:
         if self.top_k:
             ordered[:, self.top_k:] = -torch.inf
         p = ordered.softmax(-1)
-        p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0.0)   # drop what comes after the first top_p of the mass
+        top_p = max(self.top_p, 1e-30)                           # less may be 0 in float32, and nobody would be left
+        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)        # drop what comes after the first top_p of the mass
         return order.gather(-1, torch.multinomial(p, 1, generator=self.generator))[:, 0]
 
 
@@ -136,20 +137,20 @@ def legend(colour):
 
 
 class Stream:
-    """Prints one text as its tokens come; half a character waits for its other half."""
+    """Prints what follows the prompt's ids as its tokens come; half a character waits for its other half."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+    def __init__(self, tokenizer, prompt):
+        self.tokenizer, self.prompt, self.ids, self.shown = tokenizer, prompt, [], ""
 
     def add(self, _, token):
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
+        text = continuation(self.tokenizer, self.prompt, self.ids)
         if not text.endswith("\ufffd"):
             print(text[len(self.shown):], end="", flush=True)
             self.shown = text
 
     def end(self):
-        print(self.tokenizer.decode(self.ids)[len(self.shown):])
+        print(continuation(self.tokenizer, self.prompt, self.ids)[len(self.shown):])
 
 
 def parse_args(argv):
@@ -194,9 +195,9 @@ def main(argv=None):
         texts = [chat_template(model, [{"role": "user", "content": text}]) for _, text in args.asked]
     else:
         texts = [prompt_text(text) if flag == "question" else text for flag, text in args.asked]
-    prompts = [tokenizer.encode(t, add_special_tokens=not args.chat).ids for t in texts]     # a chat brings its own
+    prompts = [encode(tokenizer, text, front=not args.chat) for text in texts]   # a chat template brings its own BOS
 
-    stream = Stream(tokenizer) if len(prompts) == 1 and not args.show_compute else None
+    stream = Stream(tokenizer, prompts[0]) if len(prompts) == 1 and not args.show_compute else None
     if stream:
         print(texts[0], end="", flush=True)
     started = time.perf_counter()
@@ -205,17 +206,16 @@ def main(argv=None):
                       compute=args.compute, on_token=stream and stream.add)
     seconds = time.perf_counter() - started
 
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if stream:
         stream.end()
     for i, (prompt, new) in enumerate(zip(prompts, result.tokens) if not stream else ()):
         if len(prompts) > 1:
             print(f"--- {i + 1}")
         if args.show_compute:
-            pieces = [tokenizer.decode([t], skip_special_tokens=False) for t in prompt + new]
-            print(shade(pieces, result.ran[i], colour))
+            print(shade(pieces(tokenizer, prompt + new), result.ran[i], colour))
         else:
-            print(f"{texts[i]}{tokenizer.decode(new)}")
+            print(f"{texts[i]}{continuation(tokenizer, prompt, new)}")
     count = sum(map(len, result.tokens))
     print(f"\n{legend(colour)}" if args.show_compute else "")
     print(f"{policy.kind}, budget {policy.budget}: {savings_line(result.savings.report(), args.compute)}")

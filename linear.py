@@ -1,9 +1,14 @@
 """One product, x W^T + b, and oneDNN's way to it on a CPU."""
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 SMALL = 2 ** 16                                                  # weights: below, oneDNN's 15 us a call are not repaid
+# oneDNN, and torch's layer above it, compile a program for each new number of rows and keep 1024 of them, a MB each
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):         # read at the first product
+    os.environ.setdefault(_cache, "256")
 
 
 class Linear(nn.Linear):

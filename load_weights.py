@@ -6,9 +6,11 @@ used, every parameter is filled, every shape is compared by name. What does not 
 """
 import json
 import math
-import os
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import wraps
 from pathlib import Path
 
 from console import InputError
@@ -18,12 +20,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from disk import write
 from gates import GRANULARITIES, KV_OF_SKIPPED, GateConfig, check_budget
 from model import Model, ModelConfig
+from tokens import blame
 
 SUPPORTED = ("LlamaForCausalLM", "Gemma2ForCausalLM")
 # small files that belong to a model and travel with it unchanged
 SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+# keys of config.json: read here, of Gemma 2 only, and those that change nothing of what a model computes
+READ = """architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps rope_theta rope_scaling rope_parameters
+    max_position_embeddings tie_word_embeddings initializer_range eos_token_id quantization_config gateskip""".split()
+GEMMA = ["layer_types", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]
+HARMLESS = """bos_token_id pad_token_id dtype torch_dtype transformers_version use_cache pretraining_tp auto_map
+    return_dict cache_implementation sliding_window_size max_sequence_length model_max_length tokenizer_class id2label
+    label2id task_specific_params is_llama_config transformers.js_config unsloth_version unsloth_fixed max_length
+    do_sample num_beams temperature top_k top_p repetition_penalty length_penalty num_beam_groups num_return_sequences
+    typical_p output_attentions output_hidden_states gradient_checkpointing attn_implementation torchscript""".split()
+# of related decoders, where 1 changes nothing; of any other key null, false, 0 and empty change nothing
+NEUTRAL = "partial_rotary_factor residual_multiplier embedding_multiplier logits_scaling logit_scale is_causal".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +49,9 @@ SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens
 
 def find_folder(source):
     """source -> Path of a folder with config.json. source: such a folder, a run's --out (its `latest`), or a hub id."""
-    path = Path(source)
+    path, checkout = Path(source), Path(__file__).resolve().parent
+    if not path.exists() and (checkout / path).exists():
+        raise InputError(f"{source} does not exist here, but in {checkout}: start there, or give {checkout / path}")
     if not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
         path = _download(str(source))
     if not path.is_dir():
@@ -40,10 +59,12 @@ def find_folder(source):
                          f"give a folder, a run's --out, or a hub id like meta-llama/Llama-3.2-1B")
     latest = path / "latest"
     if latest.is_file() and not (path / "config.json").is_file():        # DeepSpeed leaves one in model folders
-        path = path / latest.read_text(errors="replace").strip()
-        if not path.is_dir():
-            raise InputError(f"{latest} names {path.name!r}, which is not there: "
-                             f"write the name of a step folder into it")
+        name, is_step = latest.read_text(errors="replace").strip(), re.compile("step-[0-9]+").fullmatch
+        if not is_step(name) or not (path / name).is_dir():
+            steps = sorted((p.name for p in path.glob("step-*") if is_step(p.name)), key=lambda step: int(step[5:]))
+            raise InputError(f"{latest} names {name!r:.60}, which is {'not there' if is_step(name) else 'no step'}: "
+                             f"write {steps[-1] if steps else 'the name of a step folder, like step-000500,'} into it")
+        path = path / name
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json: it is no model folder, or a run that has not saved yet")
     return path
@@ -109,6 +130,12 @@ def config_from_hf(raw, name="config.json"):
     arch = (get("architectures", list, []) or [None])[0]
     refuse_if(arch not in SUPPORTED, f"architecture {arch!r:.60} is not supported; supported: {', '.join(SUPPORTED)}")
     gemma = arch == "Gemma2ForCausalLM"
+    kind, known = ("gemma2", READ + HARMLESS + GEMMA) if gemma else ("llama", READ + HARMLESS)
+    refuse_if((raw.get("model_type") or kind) != kind, f"{arch} has model_type {kind}, not {raw.get('model_type')!r}")
+    unread = [key for key, value in raw.items() if key not in known and value is not None and key[:1] != "_"
+              and (value != 1 if key in NEUTRAL else value)]
+    refuse_if(unread, f"{', '.join(unread[:3])} is not supported: this decoder does not read it, and it may change "
+              f"what the model computes (delete it from the file if it does not)")
     layers, hidden, heads = get("num_hidden_layers"), get("hidden_size"), get("num_attention_heads")
     kv_heads = get("num_key_value_heads", default=None if gemma else heads)
     refuse_if(raw.get("head_dim") is None and hidden % heads,
@@ -116,21 +143,27 @@ def config_from_hf(raw, name="config.json"):
     head_dim = get("head_dim", default=None if gemma else hidden // heads)
     refuse_if(heads % kv_heads, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     refuse_if(head_dim % 2, f"head_dim {head_dim} is odd, but rotary positions turn pairs of channels")
+    size = hidden * (get("vocab_size") + layers * (2 * (heads + kv_heads) * head_dim + 3 * get("intermediate_size")))
+    refuse_if(layers > 1000 or size > 2 ** 40, f"num_hidden_layers {layers}, {size:.0e} weights: no machine holds that")
 
-    rope = {"rope_theta": raw.get("rope_theta"), **(get("rope_parameters", dict, {}) or get("rope_scaling", dict, {}))}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {key: get(key, float, of=rope) for key in keys} if rope_type == "llama3" else None
+    styles = [{"rope_type": style.get("type", "default"), **style} for key in ("rope_parameters", "rope_scaling")
+              if (style := get(key, dict, {}))]
+    ropes = [{key: style[key] for key in style if key not in ("type", "rope_theta")} for style in styles]
+    thetas = [of["rope_theta"] for of in (raw, *styles) if of.get("rope_theta") is not None]
+    refuse_if(any(rope != ropes[0] for rope in ropes) or any(theta != thetas[0] for theta in thetas),
+              "rope_parameters, rope_scaling and rope_theta disagree: delete what is wrong")
+    rope = {"rope_type": "default", "rope_theta": (thetas or [None])[0], **(ropes or [{}])[0]}
+    rope_type, llama3 = rope["rope_type"], "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+    scaling = {key: get(key, float, of=rope) for key in llama3.split()} if rope_type == "llama3" else None
     refuse_if(scaling and scaling["high_freq_factor"] <= scaling["low_freq_factor"],
               "high_freq_factor must exceed low_freq_factor")
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
     for what, present in {
             f"rope type {rope_type!r:.60}": rope_type not in ("default", "llama3"),
-            "rope_parameters per layer type": any(isinstance(value, dict) for value in rope.values()),
-            "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
-            f"activation {activation!r:.60}": activation != ("gelu_pytorch_tanh" if gemma else "silu"),
+            **{f"rope {key}": value not in (None, 1) for key, value in rope.items()
+               if key not in ("rope_type", "rope_theta", *(scaling or ()))},
             "a quantized checkpoint (take the original one): quantization_config": raw.get("quantization_config"),
-            **{key: raw.get(key) for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention")}}.items():
+            f"activation {activation!r:.60}": activation != ("gelu_pytorch_tanh" if gemma else "silu")}.items():
         refuse_if(present, f"{what} is not supported")
 
     family = {}
@@ -173,12 +206,12 @@ def _gate_config(stored, branches, name):
             for key, allowed in (("skip", GRANULARITIES), ("kv", KV_OF_SKIPPED)):
                 if stored.get(key) not in allowed:
                     raise ValueError(f"{key} {stored.get(key)!r:.60} is not one of {', '.join(allowed)}")
-            if not stored["thresholds"] or not isinstance(stored.get("budget_end", 0.0), (int, float)):
-                raise ValueError("no thresholds, or a budget_end that is no number")
             for budget, values in stored["thresholds"].items():
                 check_budget(budget)
                 if len(values) != branches or not all(math.isfinite(v) for v in values):
                     raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
+            if 1.0 not in map(float, stored["thresholds"]) or type(stored.get("budget_end", 0)) not in (int, float):
+                raise ValueError("no thresholds of budget 1.0, or a budget_end that is no number")
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): '
                          f'train the gates again') from None
@@ -207,6 +240,9 @@ def weight_files(folder):
             raise InputError(f"{index} names {shard!r:.60}, which is no file of this folder: download it again")
         if not (folder / shard).is_file():
             raise InputError(f"{folder} lacks the shard {shard} that {index.name} names: download it again")
+    for shard in sorted(set(shards.values())):
+        if lost := {key for key in shards if shards[key] == shard} - set(_read(folder / shard)):
+            raise InputError(f"{index} names {min(lost)} in {shard}, which lacks it: download both again")
     return {key: folder / shard for key, shard in shards.items()}
 
 
@@ -215,18 +251,34 @@ def _read(path, key=None):
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
             return f.keys() if key is None else f.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file ({error}): get it again") from None
+    except (SafetensorError, OSError, RuntimeError) as error:    # of torch, which opens the file once more
+        raise InputError(f"{path} is truncated, gone, or no safetensors file ({error}): get it again") from None
 
 
-def load_model(source, gate=None, device="cpu", dtype=torch.float32):
-    """A Model with the weights of `source` (folder, run's --out, or hub id), in eval mode.
+def _newest(load):
+    """load(source) on its folder; anew where that fails because another process has saved, and deleted this step."""
+    @wraps(load)
+    def patient(source, *args, **kwargs):
+        for _ in range(3):
+            folder = None
+            try:
+                folder = find_folder(source)
+                return load(folder, *args, **kwargs)
+            except (InputError, OSError):
+                if not (Path(source) / "latest").is_file() or find_folder(source) == folder:
+                    raise
+        raise InputError(f"{source} was saved anew three times while it was read: copy one of its steps and load that")
+    return patient
+
+
+@_newest
+def load_model(folder, gate=None, device="cpu", dtype=torch.float32):
+    """A Model with the weights of a folder, a run's --out or a hub id, in eval mode.
 
     gate: GateConfig to put fresh gates (from torch's global generator) on a checkpoint that has none; a checkpoint's
     own gates are always loaded. Built on the meta device and filled tensor by tensor, each cast on arrival: peak memory
     is one copy in `dtype` plus the largest tensor. Gates stay float32 or wider.
     """
-    folder = find_folder(source)
     model = _meta_model(folder / "config.json", read_json(folder / "config.json"), gate)
     fresh = gate is not None and model.config.gateskip.get("gate") is None
     files, tied = weight_files(folder), model.config.tie_word_embeddings
@@ -250,9 +302,9 @@ def load_model(source, gate=None, device="cpu", dtype=torch.float32):
     if head is not None:                                         # stored although tied
         own, copy = model.lm_head.weight, _read(head, "lm_head.weight")
         pieces = zip(own.split(4096), copy.split(4096))          # a cast of the whole would be one copy more
-        if own.shape != copy.shape or not all(torch.equal(a.cpu(), b.to(dtype)) for a, b in pieces):
-            raise InputError(f"{head}: lm_head.weight differs from the embedding, "
-                             f"but config.json ties them (tie_word_embeddings)")
+        if own.shape != copy.shape or not all(torch.allclose(a.cpu().float(), b.float(), 2 ** -7, 2 ** -24)
+                                              for a, b in pieces):                   # either may have been rounded
+            raise InputError(f"{head}: lm_head.weight differs from the embedding, in spite of tie_word_embeddings")
     if fresh:
         model.init_gates()
     return model.eval()
@@ -264,6 +316,10 @@ def new_model(config_file, gate=None, device="cpu", dtype=torch.float32):
         raise InputError(f"no such file: {config_file} (--init-config takes a config.json)")
     raw = {key: value for key, value in read_json(config_file).items() if key != "gateskip"}
     model = _meta_model(Path(config_file), raw, gate)
+    try:                                                         # all at once: refused now, not after swapping
+        torch.empty(sum(p.numel() for p in model.parameters()), dtype=dtype, device=device)
+    except RuntimeError:
+        raise InputError(f"{config_file} describes a model that is larger than the memory here") from None
     for key, p in dict(model.named_parameters()).items():
         _assign(model, key, torch.empty(p.shape), dtype, device)
     model.init_weights()
@@ -297,23 +353,25 @@ def _assign(model, key, tensor, dtype, device):
 
 
 def check_fit(model, tokenizer):
-    """InputError unless every token of the tokenizer, and the end token, has a row in the model's embedding."""
-    size, rows, end = tokenizer.get_vocab_size(), model.config.vocab_size, max(model.config.eos_ids, default=0)
+    """InputError unless the embedding has rows for the end token and all but added tokens (tokens.encode's part)."""
+    rows, end = model.config.vocab_size, max(model.config.eos_ids, default=0)
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if size > rows:
         raise InputError(f"the tokenizer has {size} tokens and {model.source} {rows}: they do not belong together")
     if end >= rows:
         raise InputError(f"{model.source}: eos_token_id {end} lies outside the vocabulary of {rows}")
+    tokenizer.rows = rows
 
 
-def load_tokenizer(source):
+@_newest
+def load_tokenizer(folder):
     """The tokenizers.Tokenizer of a folder, a run's --out or a hub id. It never truncates and never pads."""
-    path = find_folder(source) / "tokenizer.json"
+    path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{path.parent} has no tokenizer.json")
-    try:
+        raise InputError(f"{folder} has no tokenizer.json")
+    with blame(path, "is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"{path} is not a tokenizer ({error}): download it again") from None
+    tokenizer.path = path                                        # for what tokens.py has to say
     tokenizer.no_truncation()                                    # the file may carry both from its training
     tokenizer.no_padding()
     return tokenizer
@@ -332,9 +390,7 @@ def save_config(model, folder):
     gateskip = model.config.gateskip | ({} if gate is None else {"gate": asdict(gate)})
     if gateskip:
         raw["gateskip"] = gateskip
-    temporary = Path(folder) / "config.json.tmp"
-    temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, Path(folder) / "config.json")
+    write(Path(folder) / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
 def save_model(model, folder, tokenizer=None):
@@ -354,3 +410,5 @@ def save_model(model, folder, tokenizer=None):
     if tokenizer is not None:                                    # not tokenizer.save: its errors are no OSError
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     save_config(model, folder)
+    with suppress(OSError):                                      # safetensors shows it to nobody else
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")

@@ -304,6 +304,15 @@ class Model(nn.Module):
             self.rope = rope_table(self.config, 1 << (size - 1).bit_length(), like.device, like.dtype)
         return self.rope[0][positions][:, :, None], self.rope[1][positions][:, :, None]
 
+    def begin(self, input_ids, positions=None, valid=None, cache=None, policy=None, compact=False):
+        """(h_0 (B, S, H), Call): what the first block gets. Arguments as of forward."""
+        h = self.model["embed_tokens"](input_ids)                                # (B, S, H): h_0, line 2
+        if self.config.gemma:
+            h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype, device=h.device)
+        call = start_call(input_ids.shape, h.device, positions, valid, cache, policy or SkipPolicy(), compact)
+        call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full row
+        return h, call
+
     def forward(self, input_ids, positions=None, valid=None, cache=None, policy=None, compute="masked", last=False,
                 places=None, keep_gates=None, checkpoint_blocks=False):
         """One pass over the tokens of this call.
@@ -319,13 +328,7 @@ class Model(nn.Module):
         """
         if compute not in ("masked", "compact"):
             raise InputError(f"compute {compute!r} is not one of masked, compact")
-        policy = policy or SkipPolicy()
-        h = self.model["embed_tokens"](input_ids)                                # (B, S, H): h_0, line 2
-        if self.config.gemma:
-            h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype, device=h.device)
-        call = start_call(input_ids.shape, h.device, positions, valid, cache, policy, compute == "compact")
-        call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full row
-
+        h, call = self.begin(input_ids, positions, valid, cache, policy, compute == "compact")
         below, all_g, all_scores = None, [], []
         for block in self.model["layers"]:                                       # line 4, two branches at a time
             arguments = h, below, self.gates_of(block), call
@@ -347,4 +350,4 @@ class Model(nn.Module):
         keep_gates = self.training if keep_gates is None else keep_gates
         return logits, Trace(scores=all_scores if gated else None, keep=[call.keep[b] for b in range(len(all_scores))],
                              gates=all_g if gated and keep_gates else None, valid=call.valid, keys=call.keys,
-                             logit_rows=logits[..., 0].numel(), kv=policy.kv)
+                             logit_rows=logits[..., 0].numel(), kv=call.policy.kv)

@@ -1,8 +1,10 @@
 """A file of questions, or of plain text -> examples. Every complaint is one line that says where: the file and the line
 (or the row, in parquet).
 """
+import hashlib
 import json
 import re
+import stat
 from pathlib import Path
 
 from console import InputError
@@ -18,16 +20,13 @@ def read_examples(path):
       question, answer, reasoning            the same with the reasoning apart
       question, choices, answerKey           CommonsenseQA; `reasoning` may be there, with or without <reasoning> tags
       text                                   a document
-    A .txt file is one document per paragraph, with blank lines between them."""
+    A column that is null in a row is not there. In a .txt file each paragraph is a document, with blank lines between.
+    """
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in READERS:
         raise InputError(f"{path}: the data must be a .jsonl, .parquet or .txt file, or the word arithmetic")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    rows = READERS[kind](path, content)  # (where, row), …
+    rows = READERS[kind](path)  # (where, row), …
     examples = [example for example in (_to_example(row, where) for where, row in rows) if example != ""]
     if not examples:
         raise InputError(f"{path}: there are no examples in it")
@@ -36,20 +35,42 @@ def read_examples(path):
     return examples
 
 
-def _decode(path, content):
+def digest(path):
+    """What tells a data file from another: 16 hex digits of its sha256; "" for no file (None, or the word arithmetic).
+
+    InputError for a file that cannot be read."""
+    return "" if path in (None, "arithmetic") else hashlib.sha256(_bytes(Path(path))).hexdigest()[:16]
+
+
+def _bytes(path, n=-1):
+    """The first n bytes, or all. InputError for what cannot be read, and for what might never end."""
     try:
-        return content.decode("utf-8-sig")  # -sig: a byte order mark is no content
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise InputError(f"{path}: a pipe, a socket or a device: save what it gives in a file")
+        with open(path, "rb") as file:
+            return file.read(n)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _decode(path):
+    """The text of a UTF-8 file, without byte order marks, which stand at the start of each of several files joined."""
+    content = _bytes(path)
+    try:
+        if (nul := content.find(0)) >= 0:                        # UTF-16 without a mark, or a disk's empty blocks
+            raise UnicodeDecodeError("utf-8", content, nul, nul + 1, "NUL")
+        return ("\n" + content.decode()).replace("\n\ufeff", "\n")[1:]
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {content[:error.start].count(10) + 1}: not UTF-8 text") from None
 
 
-def _txt_rows(path, content):
-    text = _decode(path, content).replace("\r\n", "\n")
+def _txt_rows(path):
+    text = _decode(path).replace("\r\n", "\n")
     return [(path, {"text": paragraph.strip()}) for paragraph in re.split(r"\n\s*\n", text)]
 
 
-def _jsonl_rows(path, content):
-    for number, line in enumerate(_decode(path, content).split("\n"), 1):  # splitlines() would also cut at U+2028
+def _jsonl_rows(path):
+    for number, line in enumerate(_decode(path).split("\n"), 1):  # splitlines() would also cut at U+2028
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -61,21 +82,26 @@ def _jsonl_rows(path, content):
 COLUMNS = ("question", "answer", "reasoning", "reasoning_nemotron_70B", "choices", "answerKey", "text")
 
 
-def _parquet_rows(path, content):
+def _parquet_rows(path):
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    _bytes(path, 1)
     try:
-        source = pyarrow.BufferReader(content)
-        columns = [name for name in parquet.read_schema(source).names if name in COLUMNS]
-        rows = parquet.read_table(source, columns=columns).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow's own file: a thread of Arrow that outlives Python aborts if it has a Python object to let go of. (A
+        # path would be taken for an address where it can be.)
+        with pyarrow.OSFile(str(path)) as file, parquet.ParquetFile(file) as table:
+            columns = [name for name in table.schema_arrow.names if name in COLUMNS]
+            rows = table.read(columns=columns).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         raise InputError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
+# What a row lacks, where rows of several kinds share a schema.
+NULLS = (None, {"label": None, "text": None}, {"label": [], "text": []})
 READERS = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
@@ -83,17 +109,18 @@ def _to_example(row, where):
     """One row -> Example or str ("" for a blank document, which teaches nothing); InputError if it is neither."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with named fields, not {type(row).__name__}")
+    row = {name: value for name, value in row.items() if value not in NULLS}
     if "text" in row and "question" not in row:
         text = _text(row["text"], "text", where)
         return text if text.strip() else ""
     needed = ("question", "choices", "answerKey") if "choices" in row else ("question", "answer")
-    missing = [field for field in needed if row.get(field) is None]
+    missing = [field for field in needed if field not in row]
     if missing:
         raise InputError(f"{where}: {' and '.join(missing)} missing; a row needs question and answer, "
                          f"or question, choices and answerKey, or text")
     question = _text(row["question"], "question", where)
     # The paper's CommonsenseQA traces stand in a column of the long name, between tags.
-    column = next((name for name in ("reasoning", "reasoning_nemotron_70B") if row.get(name) is not None), None)
+    column = next((name for name in ("reasoning", "reasoning_nemotron_70B") if name in row), None)
     reasoning = re.sub("</?reasoning>", "", _text(row[column], column, where)).strip() if column else ""
     if "choices" not in row:
         worked, _, answer = _text(row["answer"], "answer", where).rpartition("####")

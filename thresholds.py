@@ -7,7 +7,6 @@ corrects it), then what generation reads out of the table.
 Shapes: B batch, S sequence, L layers.
 """
 import sys
-from dataclasses import dataclass, field
 
 import torch
 
@@ -33,37 +32,52 @@ def frozen_threshold(scores, q, tie=1e-6):
     return min(cuts, key=lambda cut: abs(float((s <= cut).double().mean()) - q))
 
 
-@dataclass
-class Measuring:
-    """In a policy's place for one pass: sets each branch's threshold from the scores that it sees there, and applies it
-    before the next branch runs, which so sees states that earlier skips have shaped."""
-    q: float                                                     # the share that each branch is to skip
-    skip: str
-    kv: str
-    thresholds: dict = field(default_factory=dict)               # branch -> tau
-    smallest: dict = field(default_factory=dict)                 # branch -> smallest score
+def chunks(items, length=len, tokens=4096):
+    """Consecutive slices of a list, each of at most `tokens` tokens when padded to its longest, and one item at least.
 
-    def keep(self, branch, scores, valid):
-        if not may_skip(self.skip, branch):
-            return valid
-        pool = scores[valid]
-        self.smallest[branch], self.thresholds[branch] = float(pool.min()), frozen_threshold(pool, self.q)
-        return valid & (scores.double() > self.thresholds[branch]) if self.q > 0.0 else valid
+    What follows training so takes the memory of a training batch, however much there is to measure.
+    """
+    start, longest = 0, 0
+    for end, item in enumerate(items):
+        longest = max(longest, length(item))
+        if end > start and longest * (end + 1 - start) > tokens:
+            yield items[start:end]
+            start, longest = end, length(item)
+    if items:
+        yield items[start:]
 
 
 @torch.no_grad()
 def one_pass(model, sequences, q, skip, kv):
     """(thresholds that skip the share q of these tokens, smallest scores): 2L floats each, 0 where nobody may skip.
 
-    sequences: lists of token ids, all of them one pool.
+    sequences: lists of token ids, all of them one pool; in memory are the states of all and the activations of one
+    chunk. Each branch's threshold is set from the scores that it sees, and applied before the next branch runs, which
+    so sees states that earlier skips have shaped.
     """
-    longest, device = max(map(len, sequences)), next(model.parameters()).device
-    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)         # (B, S)
-    lengths, policy = torch.tensor([[len(s)] for s in sequences], device=device), Measuring(q, skip, kv)
-    valid = torch.arange(longest, device=device) < lengths                                       # (B, S)
-    model(ids, valid=valid, policy=policy, compute="compact", last=True)
+    device, runs = next(model.parameters()).device, []
+    for chunk in chunks(sequences):
+        longest = max(map(len, chunk))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in chunk], device=device)         # (B, S)
+        valid = torch.arange(longest, device=device) < torch.tensor([[len(s)] for s in chunk], device=device)
+        runs.append(model.begin(ids, valid=valid, policy=SkipPolicy("none", 1.0, skip, kv), compact=True))
     branches = range(2 * model.config.num_hidden_layers)
-    return [policy.thresholds.get(b, 0.0) for b in branches], [policy.smallest.get(b, 0.0) for b in branches]
+    thresholds, smallest = dict.fromkeys(branches, 0.0), dict.fromkeys(branches, 0.0)
+    runs = [(h, None, call) for h, call in runs]
+    for layer, block in enumerate(model.model["layers"]):
+        gates = model.gates_of(block)
+        for branch in (2 * layer, 2 * layer + 1):
+            if not may_skip(skip, branch):
+                continue
+            # a block's scores of a branch do not depend on its own decision there, only on what was decided before
+            scores = [block(h, below, gates, call)[3][branch % 2] for h, below, call in runs]    # (B, S) each
+            pool = torch.cat([s[call.valid] for s, (_, _, call) in zip(scores, runs)])
+            smallest[branch], thresholds[branch] = float(pool.min()), frozen_threshold(pool, q)
+            for s, (_, _, call) in zip(scores, runs):
+                passes = s.double() > thresholds[branch] if q > 0.0 else call.valid
+                call.keep = {**{b: k for b, k in call.keep.items() if b < branch}, branch: call.valid & passes}
+        runs = [(*block(h, below, gates, call)[:2], call) for h, below, call in runs]
+    return list(thresholds.values()), list(smallest.values())
 
 
 def search(table_at, realised, target, q, tolerance, rounds):

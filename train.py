@@ -3,34 +3,33 @@
     python train.py                                             # gates on the embedded model, minutes on a laptop
     python train.py --preset llama-3.2-1b --data train.jsonl    # Table 15 of the paper, one H100
 
-First the recipe, then the loop (main), then what stands around it: the sets of examples, the calibration and the table
+First the recipe, then the loop (train), then what stands around it: the sets of examples, the calibration and the table
 at the end, the flags. What a run leaves on disk is in checkpoint.py.
 """
 import json
 import math
-import os
-import shutil
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from console import InputError, pick_device, run
+from console import InputError, check_compiler, pick_device, run
 from flags import Parser, add_machine_flags, real, seed_number, whole
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import open_run, plot_metrics, resume_optimizer, save_checkpoint
+from checkpoint import held, open_run, plot_metrics, save_checkpoint, start_run
 from data import answer_places, batch_at, collate, load_examples, load_sets
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
 from generate import generate
 from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
                           save_config)
+from read_data import digest
 from savings import SHAPES, Savings, memory_table
-from thresholds import calibrate, make_policy
+from thresholds import calibrate, chunks, make_policy
 
 # Table 15 of the paper. What is a flag's name is that flag's default; the rest is used as it stands.
 TABLE_15 = dict(
@@ -65,38 +64,36 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype, args.tf32)
     if args.dry_run:
         return dry_run(args, gate)
+    out = Path(args.out)
+    with held(out):                                              # one process at a time
+        return train(args, gate, device, dtype, out)
 
+
+def train(args, gate, device, dtype, out):
+    """Algorithm 1, and its table at the end. Returns the exit code: 0, or after a signal that of a shell."""
     # the run, the model, the data
     torch.manual_seed(args.seed)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    state = open_run(args, settings)                             # of the run to resume, or None
+    settings["digests"] = {flag: digest(getattr(args, flag)) for flag in ("data", "eval_data")}
+    state, saved = open_run(args, settings)                      # of the run to resume, and its folder; or None
     model, tokenizer = open_model(args, gate, device, dtype)
-    config, out = model.config, Path(args.out)
-    sets = load_sets(args, tokenizer, config.eos_ids[0], HELD_OUT)
-    if args.overwrite and out.exists():                          # not before everything that may be wrong has loaded
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    sets = load_sets(args, tokenizer, model.config.eos_ids[0], HELD_OUT)
 
     # what is trained, and how
     for name, p in model.named_parameters():
         p.requires_grad_("_gate." in name or not args.freeze_backbone)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=TABLE_15["betas"], eps=TABLE_15["eps"],
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.items(), lr=args.lr, betas=TABLE_15["betas"], eps=TABLE_15["eps"],
                                   weight_decay=TABLE_15["weight_decay"], fused=True)
-    if state is not None:
-        resume_optimizer(optimizer, state, out)
+    metrics = start_run(out, state, saved, optimizer)            # writes: all that may be wrong has loaded
     first = 0 if state is None else state["step"]
-    say_sizes(model, trained, f"step {first} of {args.steps}, out {out}")
+    say_sizes(model, trained.values(), f"step {first} of {args.steps}, out {out}")
     forward = torch.compile(model) if args.compile else model
     model.train()
 
-    interrupted = False
-
-    def on_ctrl_c(*_):                                           # finish the step, save, leave
-        nonlocal interrupted
-        interrupted = True
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
-    metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+    came = []                                                    # Ctrl-C, SIGTERM: finish the step, save, leave
+    before = {number: signal.signal(number, lambda number, _: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=0.5)
     for step in bar:                                                                             # line 1
         picked = batch_at(len(sets["train"]), args.batch_size * args.grad_accum, args.seed, step)
@@ -106,10 +103,11 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
 
-        answer_tokens = sum(sum(mask) for _, mask in picked)
+        answer_tokens, tokens = sum(sum(mask) for _, mask in picked), sum(len(ids) for ids, _ in picked)
         sums = dict.fromkeys(("ce", "sparsity", "scores", "kept", "pairs"), torch.zeros((), device=device))
         for start in range(0, len(picked), args.batch_size):
-            input_ids, loss_mask, valid = collate(picked[start:start + args.batch_size])         # (B, S) each
+            part = picked[start:start + args.batch_size]
+            input_ids, loss_mask, valid = collate(part)                                          # (B, S) each
             places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))        # (N,), (N,)
             valid = None if valid.all() else valid.to(device)
             # model.py: Model.forward for h_0 of line 2 and the layers of line 4, Block.forward for lines 4-16
@@ -118,7 +116,8 @@ def main(argv=None):
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens       # line 17: L_CE, eq. 3
             sparsity = ce.new_zeros(())
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
-                sparsity = sparsity_loss(trace.gates, valid, args.sparsity_loss, b) / args.grad_accum
+                share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
+                sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b)
             (ce + args.sparsity_weight * sparsity).backward()                                    # line 19: L, eq. 5
             with torch.no_grad():
                 now = {"ce": ce, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
@@ -126,35 +125,36 @@ def main(argv=None):
                 if gate is not None:
                     now["scores"] = torch.stack(trace.scores).where(trace.valid, 0.0).sum()
                 sums |= {key: sums[key] + value.float() for key, value in now.items()}
-        norm = torch.nn.utils.clip_grad_norm_(trained, TABLE_15["clip"])
-        optimizer.step()                                                                         # line 19: update
-        optimizer.zero_grad(set_to_none=True)
-
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), TABLE_15["clip"])
         # the loop's only wait for the device; compact waits once a branch too
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
         row = {"step": step, "loss": sums["ce"] + args.sparsity_weight * sums["sparsity"], "ce": sums["ce"],
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
                "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
+        if not math.isfinite(row["loss"] + norm):                # before the update that would spoil the weights
+            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; "
+                             "nothing was saved since the last checkpoint")
+        optimizer.step()                                                                         # line 19: update
+        optimizer.zero_grad(set_to_none=True)
         metrics.write(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
         metrics.flush()
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {row['ce']:.3f}" + (
             f" gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}" if gate else ""))
-        if not math.isfinite(row["loss"] + norm):                                                # do not save these
-            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; "
-                             "nothing was saved since the last checkpoint")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or interrupted:
-            save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
-        if interrupted:
-            bar.close()
-            signal.signal(signal.SIGINT, before)
-            print(f"stopped after step {step + 1}; saved in {out}. Go on with the same command and --resume")
-            return 130
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or came:
+            saved = save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
+        if came:
+            break
+    bar.close()
     metrics.close()                                                                              # line 20
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if came:
+        print(f"stopped after step {int(saved.name[5:])}; saved in {out}. Go on with the same command and --resume")
+        return 128 + came[0]
 
     plot_metrics(out)
-    finish(model.eval(), args, sets, out)
+    finish(model.eval(), args, sets, saved)
     print(f"\nsaved in {out}; try: python generate.py --model {out} --show-compute --question \"...\"")
     return 0
 
@@ -207,11 +207,11 @@ def say_sizes(model, trained, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, items, policy, batch_size=16):
+def evaluate(model, items, policy):
     """(answer loss, token accuracy, savings report) of teacher-forced items, in compact mode."""
     device, savings, loss, right, count = next(model.parameters()).device, Savings(model.config), 0.0, 0, 0
-    for start in range(0, len(items), batch_size):
-        input_ids, loss_mask, valid = collate(items[start:start + batch_size])       # (B, S) each
+    for chunk in chunks(items, length=lambda item: len(item[0])):
+        input_ids, loss_mask, valid = collate(chunk)                                 # (B, S) each
         places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))
         logits, trace = model(input_ids.to(device), valid=None if valid.all() else valid.to(device), policy=policy,
                               compute="compact", places=places)                      # (N, V)
@@ -229,23 +229,24 @@ def prompt_of(item):
     return ids[:start] if start > 1 else ids[:max(1, len(ids) // 2)]
 
 
-def finish(model, args, sets, out):
-    """Calibrate, store the thresholds in the last checkpoint, and print what each budget costs."""
+def finish(model, args, sets, folder):
+    """Calibrate, store the thresholds in the last step's folder, and print what each budget costs."""
     config = model.config
     budgets = [1.0]
     if config.gate is not None:
         def realised(policy, items=sets["calibration"]):         # the share skipped of what the model continues
-            prompts = [prompt_of(i) for i in items]
+            savings, prompts = Savings(config), [prompt_of(item) for item in items]
             room = config.max_position_embeddings - max(map(len, prompts))
-            result = generate(model, prompts, min(CONTINUE, room), policy, set(config.eos_ids))
-            return result.savings.report()["skipped"]
+            for chunk in chunks(prompts):
+                savings += generate(model, chunk, min(CONTINUE, room), policy, set(config.eos_ids)).savings
+            return savings.report()["skipped"]
 
         asked = args.calibrate or (*BUDGETS, args.budget_end)
         budgets += sorted({b for b in asked if args.budget_end <= b < 1.0}, reverse=True)
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         sequences = [ids for ids, _ in sets["calibration"]]
         config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, realised), step=args.steps)
-        save_config(model, out / (out / "latest").read_text().strip())
+        save_config(model, folder)
         checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
         share = skippable_share(args.skip, config.num_hidden_layers)
         print("skipped on a second held-out set, asked -> realised: "
@@ -345,8 +346,14 @@ def parse_args(argv):
         raise InputError("--freeze-backbone with --gate none leaves nothing to train")
     if args.compile and args.compute == "compact":
         raise InputError("--compile needs static shapes: use --compute masked")
-    if args.compile and not shutil.which((os.environ.get("CXX") or "g++").split()[0]):
-        raise InputError("--compile needs a C++ compiler and there is no g++ here: install one, or leave --compile out")
+    if args.dtype != "float32" and not args.freeze_backbone:
+        raise InputError("--dtype bfloat16 rounds most updates of the weights away: train in float32, or give "
+                         "--freeze-backbone (gates are float32 always)")
+    if args.warmup > args.steps:
+        print(f"CAUTION: --warmup {args.warmup} is longer than the run of {args.steps} steps: the learning rate ends "
+              f"at {args.lr * args.steps / args.warmup:.2g}, and not at --lr {args.lr}", file=sys.stderr)
+    if args.compile:
+        check_compiler()
     if args.resume and args.overwrite:
         raise InputError("--resume keeps the run in --out and --overwrite deletes it: give one of them")
     return args

@@ -1,5 +1,6 @@
 """Tests of bench.py: that what is timed is the work it says. No time is asserted."""
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,31 @@ def test_bad_input_is_refused(monkeypatch):
                             (["--png", "curves.pdf"], "--png curves.pdf must end in .png")):
         with pytest.raises(InputError, match=complaint):
             bench.main(argv)
+
+
+def test_what_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+    """Thirteen minutes of timing, and then --json turns out to be a folder, or to lie where nobody may write."""
+    monkeypatch.setattr(bench, "pick_device", None)              # no work begins
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for flag, path, why in (("--json", tmp_path, "no file"), ("--json", tmp_path / "file" / "b.json", "File exists"),
+                            ("--json", tmp_path / "file" / "a" / "b.json", "Not a directory"),
+                            ("--png", tmp_path / "folder.png", "no file"), ("--json", "/dev/null", "no file")):
+        with pytest.raises(InputError, match=f"{flag} {path} cannot be written .{why}.*: give another file"):
+            bench.main(["--png", str(tmp_path / "b.png"), flag, str(path)])
+
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", "tmp1234")
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--png b.png cannot be written .Read-only file system.: give another file"):
+        bench.main(["--png", "b.png"])
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "pick_device", None)
+    monkeypatch.setattr(bench.os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(InputError, match="may not be written"):
+        bench.main(["--png", str(tmp_path / "b.png"), "--json", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_bytes() == b"" and not (tmp_path / "b.png").exists()
 
 
 def test_counts_only(capsys, monkeypatch):

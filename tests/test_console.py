@@ -207,6 +207,22 @@ def test_ctrl_c_unwinds_and_says_what_was_saved(capsys):
     assert ended(main) == 130 and capsys.readouterr().err == ""
 
 
+def test_sigterm_is_as_ctrl_c(capsys):
+    """A cluster's SIGTERM that ends the program in the middle of a write, without a word of what was saved."""
+    unwound = []
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound.append(True)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert ended(main, interrupted="saved") == 143 and unwound and capsys.readouterr().err == "\nsaved\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_nohup_stays_in_force():
     """A run under nohup, or in the background of a script, that the Ctrl-C for another program ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

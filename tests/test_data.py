@@ -1,5 +1,8 @@
-"""Tests of data.py: the template and its mask, batches, files and their complaints, the tokenizer."""
+"""Tests of data.py: the template and its mask, batches, the sets and what is held out, the tokenizer, the command."""
+import errno
+import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -8,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import console
 import data
 from console import InputError
 from problems import Example, arithmetic
+from test_read_data import GOOD, write
 
 BOS, EOS = 0, 1
 PARIS = Example("What is 2 + 3?", "2 + 3 = <<2+3=5>>5.", "5")
@@ -22,12 +26,6 @@ PARIS = Example("What is 2 + 3?", "2 + 3 = <<2+3=5>>5.", "5")
 @pytest.fixture(scope="module")
 def tokenizer():
     return data.make_tokenizer()
-
-
-def write(path, *rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 # The template and the mask.
@@ -98,6 +96,27 @@ def test_border_token_is_not_merged(tokenizer):
     assert merging.encode("Answer:\n").ids[-1] == 2  # it does merge where it may
 
 
+@pytest.mark.parametrize("front", ["", "<bos>"])
+@pytest.mark.parametrize("behind", ["", "<eos>"])
+def test_one_bos_and_one_eos(front, behind):
+    """The end token of a tokenizer that appends one between prompt and answer, or twice at a document's end; a second
+    BOS where the text spells its own."""
+    words = ["<bos>", "<eos>", "q", "Question:", "Answer:", "r", "####", "7"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="7"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{front} $A {behind}".strip(), special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    bos = [BOS] * bool(front)
+    assert tokenizer.encode("q r").ids == bos + [2, 5] + [EOS] * bool(behind)   # it does what it is built for
+    prompt, target = bos + [3, 2, 4], [5, 6, 7, EOS]
+    assert data.encode_prompt(tokenizer, "q") == prompt
+    assert data.encode_example(tokenizer, Example("q", "r", "7"), EOS) == (
+        prompt + target, [False] * len(prompt) + [True] * len(target))
+    for text, document in {"q r": bos + [2, 5, EOS], "q r<eos>": bos + [2, 5, EOS], "<bos>q": [BOS, 2, EOS]}.items():
+        assert data.encode_example(tokenizer, text, EOS) == (document, [False] + [True] * (len(document) - 1)), text
+
+
 # Batches.
 
 def test_collate_pads_on_the_right():
@@ -138,6 +157,8 @@ def test_batches_depend_on_seed_epoch_and_step_only():
     assert data.batch_at(50, 50, 4, 0) != data.batch_at(50, 50, 3, 1)  # seed + epoch would make them equal
 
 
+# What is held out.
+
 @pytest.mark.parametrize("examples", [["a"] * 7, [str(i) for i in range(7)], ["same"] * 50])
 def test_hold_out_of_too_little_is_refused(examples):
     """An empty held-out set: thresholds calibrated on nothing."""
@@ -163,6 +184,38 @@ def test_hold_out_keeps_equal_questions_together():
     questions = [{e if isinstance(e, str) else e.question for e in part} for part in parts]
     assert sum(map(len, parts)) == 101 and sum(map(len, questions)) == len(set.union(*questions)) == 31
     assert all(0 < len(part) <= 12 for part in parts[1:])
+
+
+VARIANTS = ("How many?", "how MANY?", " How  many?\n", "How\u00a0many", "How many ?", "\uff28ow many\uff1f",
+            "How many...")
+
+
+def test_questions_are_the_same_however_they_are_written():
+    """A copy that a blank, a capital or a full-width letter hides; other numbers or signs taken for the same."""
+    for wrap in (lambda text: text, lambda text: Example(text, "r", text)):
+        assert len({data.question_of(wrap(text)) for text in VARIANTS}) == 1
+        others = ("2 + 3", "2 - 3", "2 + 3%", "1.5", "15", "1 5", "$5", "5", "-", "*", "a b", "ab")
+        assert len({data.question_of(wrap(text)) for text in others}) == len(others)
+    assert data.question_of(Example("Q", "r", "1")) == data.question_of(Example("Q", "other", "2")) == "q"
+
+
+def test_hold_out_chooses_by_the_sum_of_the_exact_text():
+    """A held-out set that is another one for a file whose questions differ: a run resumed after an update would test
+    on what it was trained on."""
+    examples = arithmetic(200)
+    by_sum = sorted(examples, key=lambda e: hashlib.sha256(e.question.encode()).hexdigest())
+    rest = [e for e in examples if e not in by_sum[:30]]
+    assert data.hold_out(examples, 20, 10) == (rest, by_sum[:20], by_sum[20:30])
+
+
+def test_hold_out_never_splits_variants():
+    """A question trained on, and held out in another spelling."""
+    examples = [Example(f"{i} {text}", "", str(i)) for i in range(40) for text in VARIANTS]
+    random.Random(0).shuffle(examples)
+    parts = data.hold_out(examples, 21, 14)
+    numbers = [{e.answer for e in part} for part in parts]
+    assert [len(part) for part in parts] == [245, 21, 14]
+    assert sum(map(len, numbers)) == 40 == len(set.union(*numbers))
 
 
 @pytest.mark.parametrize("source", ["arithmetic", "file", "file and eval file"])
@@ -192,6 +245,52 @@ def test_the_sets_are_disjoint(tokenizer, tmp_path, capsys, source):
     assert cautioned == (shared > 0) == (source == "file and eval file")
 
 
+@pytest.mark.parametrize("variant", [
+    *[lambda e, change=change: e._replace(question=change(e.question)) for change in
+      (str, str.upper, "{} ".format, lambda text: text.replace(" ", "  "), lambda text: text.rstrip("?."))],
+    lambda e: Example(e.question, "Guessed.", "1")],
+    ids=["exact", "case", "blank", "blanks", "no mark", "other answer"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_leaks_are_told(tokenizer, tmp_path, capsys, variant, documents):
+    """A test set that is trained on and passes for held out, since an answer, a capital or a blank differs."""
+    def rows(examples):
+        return [{"text": e.question} if documents else {"question": e.question, "answer": e.answer} for e in examples]
+
+    examples = arithmetic(40)
+    kept = data.hold_out([e.question for e in examples], 5, 5)[0]
+    leaked = [variant(e) for e in examples if e.question in kept][:3]
+    args = SimpleNamespace(data=str(write(tmp_path / "a.jsonl", *rows(examples))), eval_limit=9,
+                           eval_data=str(write(tmp_path / "b.jsonl", *rows(leaked + arithmetic(4, "test")))),
+                           calibration_sequences=5, seq_len=160)
+    data.load_sets(args, tokenizer, EOS, 5)
+    assert "CAUTION: 3 of the eval problems are trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eval_file", [False, True])
+def test_limits_count_windows(tokenizer, tmp_path, eval_file):
+    """A document of 100 windows that counts as one: out of memory in the calibration, after all training; or windows of
+    the first document only, windows of a trained-on one, others on every run, fewer than are there."""
+    texts = [" ".join(f"{chr(97 + n)}{i % 10}" for i in range(400)) for n in range(16)]
+    path = str(write(tmp_path / "a.jsonl", *({"text": text} for text in texts)))
+    test = str(write(tmp_path / "b.jsonl", *({"text": text.upper()} for text in texts))) if eval_file else None
+
+    def load(calibration, evaluation):
+        args = SimpleNamespace(data=path, eval_data=test, calibration_sequences=calibration, eval_limit=evaluation,
+                               seq_len=16)
+        return data.load_sets(args, tokenizer, EOS, 2)
+
+    letters = lambda items: set(re.sub("[^a-zA-Z]", "", tokenizer.decode([i for ids, _ in items for i in ids])))
+    small, again, large = load(20, 10), load(20, 10), load(40, 10_000)
+    assert small == again
+    assert [len(small[name]) for name in ("calibration", "check", "eval")] == [20, 20, 10]
+    assert [len(large[name]) for name in ("calibration", "check")] == [40, 40] and len(large["eval"]) > 100
+    assert len(small["train"]) == len(large["train"]) > 500                      # no limit of it
+    of = {name: letters(items) for name, items in large.items()}
+    assert sum(map(len, of.values())) == len(set.union(*of.values())) == (32 if eval_file else 16)
+    assert [len(letters(small[name])) > 1 for name in ("calibration", "check", "eval")] == [True] * 3
+    assert all(item in large[name] for name in ("calibration", "check", "eval") for item in small[name])
+
+
 def test_the_sets_have_the_sizes_asked_for(tokenizer, capsys):
     """--calibration-sequences that shrinks the training set or leaves the check alone; other problems at another limit;
     a set of the built-in problems that is another split's; steps or batches that do not count."""
@@ -204,111 +303,6 @@ def test_the_sets_have_the_sizes_asked_for(tokenizer, capsys):
     for name, examples in {"train": arithmetic(42, "train", 1), "calibration": held[:3], "check": held[8:11],
                            "eval": arithmetic(5, "test")}.items():
         assert sets[name] == data.encode_all(examples, tokenizer, EOS, 160)[0], name
-
-
-# Files.
-
-def test_plain_text(tmp_path):
-    """Paragraphs glued together or lost, a byte order mark or \\r\\n in the text, blank documents kept as examples."""
-    (tmp_path / "a.txt").write_bytes("\ufeffOne\r\ntwo.\r\n \r\n\r\nThrée.\n".encode("utf-8"))
-    assert data.read_examples(tmp_path / "a.txt") == ["One\ntwo.", "Thrée."]
-    assert data.read_examples(write(tmp_path / "a.jsonl", {"text": " x\n\ny "}, {"text": "\n"})) == [" x\n\ny "]
-
-
-def test_gsm8k_rows(tmp_path):
-    """Reasoning and answer split at the wrong place, calculator marks lost, `reasoning` ignored, a cut at U+2028."""
-    path = write(tmp_path / "a.jsonl",
-                 {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nSo 24.\n#### 1,024"}, "",
-                 {"question": "How\u2028many?", "answer": "7", "reasoning": "<reasoning>Count\nthem.</reasoning>"},
-                 {"question": "Q", "answer": "worked out\n#### 3", "reasoning": None})
-    path.write_text(path.read_text(encoding="utf-8").replace("\\u2028", "\u2028"), encoding="utf-8")
-    examples = data.read_examples(path)
-    assert examples == [Example("How many?", "48/2 = <<48/2=24>>24 clips.\nSo 24.", "1,024"),
-                        Example("How\u2028many?", "Count\nthem.", "7"), Example("Q", "worked out", "3")]
-    assert data.target_text(*examples[0][1:]) == " 48/2 = <<48/2=24>>24 clips.\nSo 24.\n#### 1,024"
-
-
-def test_commonsenseqa_rows(tmp_path):
-    """Options missing from the prompt or in another form than in training; the answer's text in place of its letter."""
-    row = {"id": "1", "question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]},
-           "answerKey": "B"}
-    path = write(tmp_path / "a.JSONL", row, {**row, "reasoning_nemotron_70B": "<reasoning>\nShops.\n</reasoning>"})
-    plain, traced = data.read_examples(path)
-    assert plain == Example("Where?\nA: bank\nB: mall", "", "B")
-    assert traced == plain._replace(reasoning="Shops.")
-    assert data.prompt_text(plain.question) == "Question: Where?\nA: bank\nB: mall\nAnswer:"
-
-
-def test_parquet_has_the_same_columns(tmp_path, monkeypatch):
-    """Parquet read by other rules than JSONL; a traceback where pyarrow is missing or the file is damaged."""
-    import pyarrow
-    from pyarrow import parquet
-    rows = [{"question": "Where?", "choices": {"label": ["A", "B"], "text": ["bank", "mall"]}, "answerKey": "B",
-             "reasoning": "r"}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert data.read_examples(tmp_path / "a.parquet") == data.read_examples(write(tmp_path / "a.jsonl", *rows))
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(InputError, match=r"^[^\n]*b\.parquet: not a readable parquet file[^\n]*$"):
-        data.read_examples(tmp_path / "b.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # makes `import pyarrow` fail
-    with pytest.raises(InputError, match="pip install pyarrow"):
-        data.read_examples(tmp_path / "a.parquet")
-
-
-GOOD = {"question": "q", "answer": "1"}
-CSQA = {"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "A"}
-
-
-@pytest.mark.parametrize("row, complaint", [
-    ('{"question": "q", "ans', "not valid JSON"),
-    ("[" * 100_000, "not valid JSON"),
-    ("[1, 2]", "expected an object with named fields, not list"),
-    ({"answer": "1"}, "question missing"),
-    ({"id": 5}, "question and answer missing"),
-    ({"question": "q", "answer": None}, "answer missing"),
-    ({"question": 5, "answer": "1"}, "question must be a string, not int"),
-    ({"question": "q", "answer": 72}, "answer must be a string, not int"),
-    ({"question": "q", "answer": "1", "reasoning": ["r"]}, "reasoning must be a string, not list"),
-    ({"question": " ", "answer": "1"}, "the question is empty"),
-    ({"question": "q", "answer": "so\n#### "}, "the answer is empty"),
-    ({"question": "q \ud800", "answer": "1"}, "half a surrogate pair"),
-    ({"text": 5}, "text must be a string, not int"),
-    ({"question": "q", "choices": CSQA["choices"]}, "answerKey missing"),
-    ({**CSQA, "choices": ["x", "y"]}, "choices must hold two lists"),
-    ({**CSQA, "choices": {"label": ["A"], "text": ["x", "y"]}}, "choices must hold two lists"),
-    ({**CSQA, "choices": {"label": ["A", "B"], "text": ["x", 5]}}, "text must be a string, not int"),
-    ({**CSQA, "answerKey": ""}, "answerKey is '', which is none of the labels A, B"),
-])
-def test_a_bad_row_is_named_in_one_line(tmp_path, row, complaint):
-    """A traceback, or a complaint that does not say where: line 3 of the file (line 2 is blank and counts)."""
-    path = write(tmp_path / "bad.jsonl", GOOD, "", row, GOOD)
-    with pytest.raises(InputError) as error:
-        data.read_examples(path)
-    text = str(error.value)
-    assert text.startswith(f"{path}, line 3: ") and complaint in text and "\n" not in text
-
-
-@pytest.mark.parametrize("name, content, complaint", [
-    ("a.jsonl", b"", "no examples"),
-    ("a.txt", b" \n\n \n", "no examples"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, line 2: not UTF-8"),
-    ("a.txt", b"one\n\ntwo \xe9", "a.txt, line 3: not UTF-8"),
-    ("a.jsonl", b'{"text": "x"}\n{"question": "q", "answer": "1"}\n',
-     "some rows are questions and some are plain text"),
-    ("a.csv", b"x", ".jsonl, .parquet or .txt"),
-    ("folder.jsonl", None, "cannot be read: Is a directory"),
-    ("missing.txt", None, "cannot be read: No such file or directory"),
-])
-def test_a_bad_file_is_named_in_one_line(tmp_path, name, content, complaint):
-    """An empty, unreadable or unknown file that ends in a traceback, or passes as a data set of nothing."""
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    elif name.startswith("folder"):
-        path.mkdir()
-    with pytest.raises(InputError) as error:
-        data.read_examples(path)
-    assert str(path) in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
 
 
 def test_load_examples(tmp_path):
@@ -345,6 +339,35 @@ def test_command_line_writes_the_same_tokenizer_everywhere(tokenizer, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8")) == json.loads(tokenizer.to_str())
+
+
+def test_a_console_that_lacks_the_characters(tmp_path):
+    """Output redirected to a file on Windows, where it is cp1252: a UnicodeEncodeError in the middle of the data."""
+    path = write(tmp_path / "日.jsonl", {"text": "naïve €5"}, {"text": "日本 → 𝄞"})
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+    run = subprocess.run([sys.executable, data.__file__, "--data", path], capture_output=True, env=environment)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"na\xefve \x805\n\n?? ? ?\n\n", b"")
+
+
+def test_the_tokenizer_is_written_in_one_step(tmp_path, monkeypatch):
+    """A full disk that leaves half a tokenizer where a whole one was; a folder or a device that is replaced."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "t.json"
+    path.write_text("old")
+    with monkeypatch.context() as m, pytest.raises(InputError) as error:
+        m.setattr(os, "fsync", full)
+        data.main(["--make-tokenizer", str(path)])
+    assert str(error.value).startswith(f"--make-tokenizer {path}: No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ("device", ""):
+        with pytest.raises(InputError, match="a folder or a device: give the name of a file"):
+            data.main(["--make-tokenizer", str(tmp_path / name)])
+    assert os.readlink(tmp_path / "device") == "/dev/null" and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(InputError, match="--make-tokenizer"):
+        data.main(["--make-tokenizer", ""])
 
 
 def test_command_line(tmp_path, capsys):

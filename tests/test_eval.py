@@ -1,5 +1,6 @@
-"""Tests of eval_gsm8k.py: reading an answer, interpolating, scoring a row, and the table, the JSON and the picture."""
+"""Tests of eval_gsm8k.py: scoring a row, the table, the JSON that goes on where it was stopped, and the picture."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ import eval_gsm8k
 from conftest import build
 from console import InputError
 from data import encode_prompt
-from eval_gsm8k import HEADER, TARGETS, extract_answer, interpolate, line_of, main, normalise, plot, run_row
+from disk import only_one
+from eval_gsm8k import HEADER, line_of, main, plot, run_row
 from gates import GateConfig, SkipPolicy
 from generate import Generation, generate
 from load_weights import load_model, load_tokenizer, save_model
 from problems import Example, arithmetic
 from savings import Savings
+from sweep import TARGETS, interpolate, wilson
 from thresholds import calibrate, make_policy
 from toy_runs import ROOT, toy, words
 
@@ -47,50 +50,14 @@ def evaluate(folders, out, *more, **flags):
     return json.loads((out / "eval.json").read_text())
 
 
-# Reading an answer.
-
-@pytest.mark.parametrize("text, strict, flexible", [
-    ("He pays 3 * 6 = $18.\n#### 18", "18", "18"), ("#### 1,234.", "1234", "1234"), ("The answer is 42.", None, "42"),
-    ("#### $18", None, "18"), ("#### 18.00", "18.00", "18.00"), ("#### -7\n", "-7", "-7"), ("#### B", "b", None),
-    ("#### B.", "b", None), ("#### Because", None, None), ("#### 5 apples, so 6\n#### 7", "5", "7"),
-    (" 4 + 4 = 8\n#### 8\nQuestion: 9? #### 9", "8", "8"), ("####18", None, "18"), ("", None, None),
-    ("no number at all", None, None), ("#### 3.5", "3.5", "3.5"), ("it costs $1,200.", None, "1200"),
-])
-def test_answers_are_read_as_the_harness_reads_them(text, strict, flexible):
-    """A dollar sign or a comma that makes a right answer wrong, the last #### in place of the first, a number out of a
-    new question."""
-    assert extract_answer(text) == strict and extract_answer(text, flexible=True) == flexible
-
-
-def test_gold_answers_are_normalised_alike():
-    """1,000 in the data that 1000 in the text does not match; 18.00 that is taken for 18."""
-    assert normalise("1,000") == normalise("1000.") == normalise(" $1,000") == "1000" and normalise("C") == "c"
-    assert extract_answer("#### 18.00") != normalise("18")
-
-
-# Accuracy at exactly so much skipped.
-
-def test_interpolation_by_hand():
-    """A clamp where nothing was measured, points taken in the order of the file, a knot missed by a rounding error."""
-    a, c = 0.9, 0.5
-    assert interpolate([(0.0, a), (0.4, c)], (0.1,)) == pytest.approx([a + (c - a) / 4])
-    knots = [(0.3, 0.2), (0.0, 0.8), (0.1 + 0.2 - 0.2, 0.6)]     # unsorted; the last is not quite 0.1
-    assert interpolate(knots, (0.0, 0.1, 0.3)) == [0.8, 0.6, 0.2]
-    assert interpolate(knots, (0.05, 0.2)) == pytest.approx([0.7, 0.4])
-    assert interpolate(knots, (-0.01, 0.31)) == [None, None] == interpolate([], (0.0, 0.1))
-    twice = [(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)]                 # the same saving twice: their mean
-    assert interpolate(twice, (0.1, 0.2)) == pytest.approx([0.75, 0.5])
-    assert interpolate([(0.0, 0.7)]) == [0.7] + [None] * 5 and TARGETS == (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
-
-
 # One row.
 
 def test_a_row_of_known_answers(folders, monkeypatch):
     """Scores of one batch counted for another, a standard error without its root, savings averaged over batches of
     unequal size or over prompts and answers."""
     tokenizer = load_tokenizer(folders["gated"])
-    examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "9"))]
-    replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 9"]
+    examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "3/4"))]
+    replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 3/4"]
     asked, savings = [], []
     for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550), "answer": (35, 40, 0.7, 3, 400, 450)},  # kept, pairs, shares
                   {"prompt": (210, 300, 0.7, 1, 2500, 3000)}):                                   # of calls, calls, MACs
@@ -102,6 +69,7 @@ def test_a_row_of_known_answers(folders, monkeypatch):
         asked.append(prompts)
         assert (max_new_tokens, policy.kind, eos_ids) == (6, "random", {1})
         new = [tokenizer.encode(r, add_special_tokens=False).ids + [1] for r in replies[first:first + len(prompts)]]
+        new[-1].pop()                                            # one of each batch has no end
         return Generation(new, savings[len(asked) - 1], [])
     monkeypatch.setattr(eval_gsm8k, "generate", fake)
     row = run_row("random, dense", load_model(folders["dense"]), tokenizer, examples, SkipPolicy("random", 0.8), 0.8,
@@ -113,40 +81,41 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     assert row.pop("answer") == three(5 / 40, 0.7 / 3, 1 - 400 / 450)
     assert row == pytest.approx({
         "row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5,
-        "stderr": (0.6 * 0.4 / 5) ** 0.5, "flexible": 4 / 5, "skipped": 100 / 400, "skipped_per_call": 1.5 / 5,
-        "macs_saved": 1 - 3400 / 4000})
+        "low": 0.2307, "high": 0.8824, "stderr": (0.6 * 0.4 / 5) ** 0.5, "flexible": 4 / 5, "cut": 2,
+        "skipped": 100 / 400, "skipped_per_call": 1.5 / 5, "macs_saved": 1 - 3400 / 4000}, abs=5e-5)
 
 
 def row_of(name="random ranks, gated", scale=1.0, **changes):
     """A row whose numbers all differ."""
     three = lambda *values: dict(zip(THREE, (scale * value for value in values)))
-    return {"row": name, "policy": "frozen", "budget": 0.85, "n": 200, "accuracy": 0.975, "stderr": 0.011,
-            "flexible": 0.98, **three(0.149, 0.055, 0.121), "prompt": three(0.251, 0.262, 0.213),
-            "answer": three(0.038, 0.047, 0.019), "seconds": 12.3, **changes}
+    return {"row": name, "policy": "frozen", "budget": 0.85, "n": 200, "accuracy": 0.975, "low": 0.943,
+            "high": 0.989, "stderr": 0.011, "flexible": 0.98, "cut": 0, **three(0.149, 0.055, 0.121),
+            "prompt": three(0.251, 0.262, 0.213), "answer": three(0.038, 0.047, 0.019), "seconds": 12.3, **changes}
 
 
 def test_a_row_as_printed():
     """A number under another's title, prompt and answer swapped, a cost without its sign, a part that was not there."""
-    assert line_of(row_of()).split() == ("random ranks, gated 0.850 97.5% (1.1%) 98.0% 14.9 25.1 3.8 5.5 26.2 4.7 "
+    assert line_of(row_of()).split() == ("random ranks, gated 0.850 97.5% (94.3-98.9) 98.0% 14.9 25.1 3.8 5.5 26.2 4.7 "
                                          "+12.1 +21.3 +1.9 12.3").split()
     assert line_of(row_of(scale=-1)).split()[-4:-1] == ["-12.1", "-21.3", "-1.9"]
     only_prompt = {key: value for key, value in row_of().items() if key != "answer"}
     assert line_of(only_prompt).split()[-10:] == "14.9 25.1 - 5.5 26.2 - +12.1 +21.3 - 12.3".split()
+    assert line_of(row_of(cut=3)) == line_of(row_of()) + "  3 cut"
 
 
 @pytest.mark.parametrize("row", [row_of(), row_of("dense", 0.0), row_of("GateSkip", -6.6, seconds=9876.5),
-                                 row_of("model", accuracy=1.0, stderr=0.0, flexible=1.0), row_of(answer=None)])
+                                 row_of("model", accuracy=1.0, low=0.981, high=1.0, flexible=1.0), row_of(answer=None)])
 def test_columns_stand_under_their_titles(row):
     """Numbers that have slid away from their titles, or a table that a terminal breaks: each word of the header ends
     where its column ends, and each group's title stands over its three columns."""
     titles, header, line = *HEADER.split("\n"), line_of(row)
-    word, group = r"accuracy \(s\.e\.\)|\S+", r"\S+(?: \S+)*"
+    word, group = r"accuracy \(95%\)|\S+", r"\S+(?: \S+)*"
     ends = [m.end() for m in re.finditer(word, header)][1:]      # `row` stands on the left
-    assert [m[0] for m in re.finditer(word, header)] == ["row", "budget", "accuracy (s.e.)", "flexible",
+    assert [m[0] for m in re.finditer(word, header)] == ["row", "budget", "accuracy (95%)", "flexible",
                                                          *["all", "prompt", "answer"] * 3, "sec"]
     values = [m.end() for m in re.finditer(r"\S+ \(\s*\S+\)|\S+", line) if m.start() >= 19]
     assert values == ends and line.startswith(row["row"]) and header.startswith("row")
-    assert len(line) == len(header) <= 125 and len(titles) <= 125
+    assert len(line) == len(header) <= 127 and len(titles) <= 127
     spans = {m[0]: m.span() for m in re.finditer(group, titles)}
     assert list(spans) == ["skipped, %", "averaged per call, %", "MACs saved, %"]
     for number, (left, right) in enumerate(spans.values()):      # ends: budget, accuracy, flexible, then three a group
@@ -195,7 +164,8 @@ def test_the_rows(folders, tmp_path, capsys):
     assert f"\n{HEADER}\n" + "".join(line_of(r) + "\n" for r in rows) in printed
     for r in rows:
         assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} ")
-        assert f" {r['accuracy']:.1%} ({r['stderr']:4.1%}) " in line_of(r)
+        assert f" {r['accuracy']:.1%} ({100 * r['low']:.1f}-{100 * r['high']:.1f}) " in line_of(r)
+        assert (r["low"], r["high"]) == wilson(r["accuracy"], 5) and r["low"] < r["high"]
     assert "dense                     0.0%      -      -      -      -      -\n" in printed
     assert "5 problems of arithmetic" in printed
 
@@ -221,21 +191,114 @@ def test_prompts_and_answers_make_up_the_whole(folders, tmp_path):
     assert len(skipping) == 3 and all(r["prompt"] != r["answer"] for r in skipping)
 
 
-def test_the_json_is_complete_after_each_row(folders, tmp_path, monkeypatch):
-    """Hours of evaluation that one interruption loses."""
+def measured(monkeypatch, stop_after=99):
+    """Spy on run_row: the list of (row, budget) that it fills; Ctrl-C comes in the row after stop_after."""
     rows = []
 
-    def spoilt(name, model, tokenizer, examples, policy, budget, args):
-        if len(rows) == 2:
+    def spy(name, model, tokenizer, examples, policy, budget, args):
+        if len(rows) == stop_after:
             raise KeyboardInterrupt
-        if rows:
-            assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows
-        rows.append(row_of(name, policy=policy.kind, budget=budget, n=5, skipped=1 - budget))
-        return rows[-1]
-    monkeypatch.setattr(eval_gsm8k, "run_row", spoilt)
+        rows.append((name, budget))
+        return run_row(name, model, tokenizer, examples, policy, budget, args)
+    monkeypatch.setattr(eval_gsm8k, "run_row", spy)
+    return rows
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in r.items() if key != "seconds"} for r in rows]
+
+
+def test_a_stopped_sweep_goes_on(folders, tmp_path, monkeypatch, capsys):
+    """Hours of evaluation that one interruption loses, a stopped sweep that looks complete, rows that are measured
+    again or, drawn at random, come out otherwise than in a sweep that nobody stopped."""
+    whole = evaluate(folders, tmp_path / "whole", dense=folders["dense"])
+    measured(monkeypatch, stop_after=6)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(folders, tmp_path)
-    assert json.loads((tmp_path / "eval.json").read_text())["rows"] == rows and len(rows) == 2
+        evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+    file = tmp_path / "stopped" / "eval.json"
+    stopped = json.loads(file.read_text())
+    assert without_seconds(stopped["rows"]) == without_seconds(whole["rows"][:6]) and whole["complete"]
+    assert stopped["complete"] is False
+    assert stopped["missing"] == [[r["row"], r["budget"]] for r in whole["rows"][6:]] and len(whole["rows"]) == 14
+    assert capsys.readouterr().err.endswith(f"\ninterrupted: the rows so far are in {file}; the same command goes on\n")
+
+    again = measured(monkeypatch)
+    result = evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+    assert [list(pair) for pair in again] == stopped["missing"]
+    assert without_seconds(result["rows"]) == without_seconds(whole["rows"]) and result["rows"][:6] == stopped["rows"]
+    assert result["complete"] is True and result["interpolated"] == whole["interpolated"]
+    printed = capsys.readouterr().out
+    assert f"rows already in {file}: 6; to go: 8\n" in printed
+    assert f"\n{HEADER}\n" + "".join(line_of(r) + "\n" for r in result["rows"]) in printed   # the table is whole
+    evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+    assert len(again) == 8 and "eval.json: 14; to go: 0\n" in capsys.readouterr().out
+
+
+def test_fewer_and_more_budgets_share_a_file(folders, tmp_path, monkeypatch, capsys):
+    """`--budgets 0.9` that throws the other rows away; a killed sweep that a smaller command calls complete."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    measured(monkeypatch, stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folders, tmp_path, "--budgets", "1.0", "0.9", "0.8")
+    rows = measured(monkeypatch)
+    assert evaluate(folders, tmp_path, "--budgets", "0.9", "0.9")["missing"] == [
+        ["GateSkip", 0.8], ["random ranks, gated", 0.8]] and rows == [("random ranks, gated", 0.9)]
+    assert "; rows that an earlier command lacks still: 2\n" in capsys.readouterr().out
+    result = evaluate(folders, tmp_path, "--budgets", "0.85", "0.8", dense=folders["dense"])
+    assert result["complete"] and len(result["rows"]) == 10 and "lacks still" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (dict(limit=2), "problems 5, now 2"), (dict(seed=1), "seed 0, now 1"), (dict(batch_size=2), "batch size 3, now 2"),
+    (dict(max_new_tokens=5), "max new tokens 6, now 5"), (dict(dtype="bfloat16"), "dtype float32, now bfloat16"),
+    (dict(policy="batch"), "policy frozen, now batch")])
+def test_other_settings_do_not_replace_a_file(folders, tmp_path, monkeypatch, flags, complaint):
+    """`--limit 2 --budgets 0.9` over a full evaluation in the model's folder, without a word."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    before, rows = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9"), measured(monkeypatch)
+    with pytest.raises(InputError) as error:
+        evaluate(folders, tmp_path, "--budgets", "0.9", **flags)
+    assert complaint in str(error.value) and "choose another --out, or --overwrite it" in str(error.value)
+    assert not rows and json.loads((tmp_path / "eval.json").read_text()) == before
+    after = evaluate(folders, tmp_path, "--budgets", "0.9", "--overwrite", **flags)
+    assert len(after["rows"]) == len(rows) == 2
+
+
+def test_a_model_trained_further_gets_rows_of_its_own(folders, tmp_path, monkeypatch):
+    """The old model's accuracy beside the new one's, in one table, because both lay in the same folder."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    shutil.copytree(folders["gated"], tmp_path / "model")
+    evaluate(folders, tmp_path, "--budgets", "1.0", model=tmp_path / "model")
+    evaluate(folders, tmp_path, "--budgets", "0.9", model=folders["gated"])                  # a copy is the same model
+    model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    with torch.no_grad():
+        model.model["norm"].weight[0] += 1e-6
+    save_model(model, tmp_path / "model", tokenizer)
+    with pytest.raises(InputError, match=r"other settings \(model \w{16}, now \w{16}\): choose another --out"):
+        evaluate(folders, tmp_path, "--budgets", "0.9", model=tmp_path / "model")
+
+
+def test_one_evaluation_of_a_folder_at_a_time(folders, tmp_path):
+    """Two sweeps that replace each other's rows, or one that measures a run whose steps are being replaced."""
+    with only_one(tmp_path):
+        with pytest.raises(InputError, match=f"--out {tmp_path} is being written by process"):
+            evaluate(folders, tmp_path)
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(folders, tmp_path, monkeypatch):
+    """A read-only --out, found out when the first row is done."""
+    monkeypatch.setattr(eval_gsm8k, "load_model", None)          # nothing is loaded
+    (tmp_path / "file").touch()
+    for out, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "out", "Not a directory")):
+        with pytest.raises(InputError, match=f"--out {out} cannot be written .{why}.: give another folder"):
+            evaluate(folders, out)
+
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", "tmp1234")
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(InputError, match=f"--out {folders['gated']} cannot be written .Read-only file system."):
+        main(words(model=folders["gated"], limit=1))             # the default; --model was given, --out is the way out
 
 
 def test_a_model_without_gates_gives_its_dense_row_only(folders, tmp_path, monkeypatch):
@@ -272,6 +335,22 @@ def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
             evaluate(folders, tmp_path / "new", "--compare", str(other))
 
 
+def test_the_pictures_error_bars_are_the_intervals(tmp_path, monkeypatch):
+    """No bar at 0% and at 100%; a bar below 0%; another run's rows, of an earlier version, that cannot be drawn."""
+    from matplotlib.axes import Axes
+    bars = []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, error, **_: bars.append((x, y, error)))
+    old = {"row": "GateSkip, linear", "skipped": 0.1, "macs_saved": 0.2, "accuracy": 0.0, "n": 20.0}
+    monkeypatch.setattr(Axes, "legend", lambda self: None)       # there is nothing in it now
+    plot([row_of("dense", accuracy=81 / 263, n=263), row_of("dense", accuracy=1.0, n=20, skipped=0.3), old],
+         tmp_path / "eval.png")
+    (x, y, (below, above)), _, (_, old_y, (old_below, old_above)), (macs, *_) = bars
+    assert (x, y) == (pytest.approx([14.9, 30.0]), pytest.approx([100 * 81 / 263, 100.0]))
+    assert below == pytest.approx([100 * 81 / 263 - 25.53, 16.11], abs=0.01)
+    assert above == pytest.approx([36.62 - 100 * 81 / 263, 0.0], abs=0.01) and min(below + above) >= 0
+    assert (old_y, macs) == ([0.0], [20.0]) and (old_below, old_above) == ([0.0], pytest.approx([16.11], abs=0.01))
+
+
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch, capsys):
     """A traceback after hours of evaluation because matplotlib is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -294,6 +373,36 @@ def test_questions_of_a_file(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_gsm8k, "generate", right)
     result = evaluate(folders, tmp_path, "--budgets", "1", data=tmp_path / "test.jsonl", limit=3)["rows"][0]
     assert (result["n"], result["accuracy"], result["flexible"], result["stderr"]) == (3, 1.0, 1.0, 0.0)
+
+
+def test_cut_answers_are_said(folders, tmp_path, monkeypatch, capsys):
+    """`--max-new-tokens 8`, and 0.0% without a word: the answers stop before they come to the number."""
+    row = evaluate(folders, tmp_path / "cut", "--budgets", "1.0")["rows"][0]                 # it never ends by itself
+    cut = capsys.readouterr().out
+    assert row["cut"] == 5 and f"\n{line_of(row)}\n" in cut and line_of(row).endswith("  5 cut")
+    assert "cut: how many answers had not ended after --max-new-tokens 6; raise it\n" in cut
+    savings = generate(load_model(folders["gated"]), [[5]], 1).savings
+    monkeypatch.setattr(eval_gsm8k, "generate", lambda model, prompts, *_: Generation([[5, 1] for _ in prompts],
+                                                                                      savings, []))
+    assert evaluate(folders, tmp_path / "ended", "--budgets", "1.0")["rows"][0]["cut"] == 0
+    assert " cut" not in capsys.readouterr().out
+
+
+def test_golds_that_nothing_can_equal_are_said(folders, tmp_path, monkeypatch, capsys):
+    """A data set whose answers cannot be recognised: hours of work for a 0% that was certain before."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    bad = {"question": "Why?", "answer": "#### 5 at first\n#### 7"}
+    golds = ("$18", "50%", "3/4", "12 apples", "F", "a")
+    good = [{"question": "Why?", "answer": f"So.\n#### {gold}"} for gold in golds]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (*good, bad)))
+    assert evaluate(folders, tmp_path, "--budgets", "1", data=data, limit=9)["rows"][0]["n"] == 7
+    assert "7 problems of " in (printed := capsys.readouterr().out)
+    assert "; CAUTION: gold answers that can never count: 1, such as '7', batches of 3\n" in printed
+    data.write_text(json.dumps(bad) + "\n")
+    monkeypatch.setattr(eval_gsm8k, "load_model", None)          # nothing is loaded
+    with pytest.raises(InputError, match="no answer could ever count, such as '7'"):
+        evaluate(folders, tmp_path, "--budgets", "1", data=data)
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -345,3 +454,19 @@ def test_plain_text_ends_the_program_with_one_line(folders, tmp_path):
                           capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --data notes.txt is plain text: accuracy needs questions with answers\n"
+
+
+def test_a_terminal_that_lacks_characters(folders, tmp_path):
+    """A UnicodeEncodeError on a cp1252 console, at the first line that names a file or shows an answer."""
+    data = tmp_path / "\u03a9.jsonl"
+    golds = ("\u2192\u00e9\n5", "7")                            # the first can never count, and is shown
+    data.write_text("".join(json.dumps({"question": "Why?", "reasoning": "So.", "answer": gold}) + "\n"
+                            for gold in golds))
+    flags = words(model=folders["gated"], data=data, out=tmp_path / "\u4e2d", limit=2, max_new_tokens=2, device="cpu",
+                  budgets=0.9)
+    done = subprocess.run([sys.executable, ROOT / "eval_gsm8k.py", *flags], capture_output=True, timeout=600,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    printed, told = done.stdout.decode("cp1252"), done.stderr.decode("cp1252")
+    assert done.returncode == 0 and "Traceback" not in told, told
+    assert "?.jsonl; CAUTION: gold answers that can never count: 1, such as '?\u00e9\\n5'" in printed
+    assert "written: " in printed and (tmp_path / "\u4e2d" / "eval.json").is_file()

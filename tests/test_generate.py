@@ -20,7 +20,9 @@ from generate import COLOURS, GLYPHS, Generation, Sampling, generate, legend, ma
 from load_weights import load_model, load_tokenizer, save_model
 from problems import arithmetic
 from savings import count_macs, savings_line
+from test_tokens import around, llama2
 from thresholds import calibrate, make_policy
+from tokens import encode
 from toy_runs import ROOT, toy, words
 
 TRAINED = dict(skip="all", kv="copy_up", budget_start=1.0, budget_end=0.8, schedule="linear")
@@ -109,6 +111,8 @@ def test_sampling_is_seeded_and_greedy_is_not_random():
     assert draw(1, temperature=2.0) == draw(1, temperature=2.0) != draw(2, temperature=2.0)
     assert draw(1) == draw(2) == draw(1, temperature=2.0, top_k=1) == draw(2, temperature=2.0, top_p=1e-6)
     assert draw(1) == generate(model, prompts_of(), 6).tokens    # the default is greedy
+    for tiny in (1e-30, 1e-40, 1e-46, 5e-324):                   # 1e-46 is 0 in float32: nobody was left to draw from
+        assert draw(1, temperature=2.0, top_p=tiny) == draw(1)
     assert Sampling(1e-3).draw(torch.tensor([[0.0, 3.0, 1.0]], dtype=torch.bfloat16)).tolist() == [1]
 
 
@@ -321,6 +325,49 @@ def test_a_character_of_several_tokens_waits_until_it_is_whole(folder, capsys, m
         assert "".join(pieces) + rest == "A" + tokenizer.decode(new)
 
 
+@pytest.fixture
+def as_of_llama_2(folder, tmp_path):
+    """The model with a tokenizer whose decoder takes the first space off whatever it decodes."""
+    path = tmp_path / "llama 2"
+    shutil.copytree(folder, path)
+    llama2().save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.mark.parametrize("flags", [[], ["--show-compute"], ["--prompt", "his"], ["--prompt", "his", "--show-compute"]])
+def test_spaces_between_prompt_and_answer(as_of_llama_2, flags, capsys, monkeypatch):
+    """"Tomhasthis": a decoder that begins anew with the answer, or with each token, loses the spaces in front."""
+    tokenizer, savings = load_tokenizer(as_of_llama_2), expected(as_of_llama_2, ["Tom"], n=1)[1].savings
+    new = encode(tokenizer, " his é this", front=False)[1:]      # without the space that is put before a text
+
+    def fake(_, prompts, *args, on_token, **how):
+        for token in new if on_token else ():
+            on_token(0, token)
+        return Generation([new] * len(prompts), savings, [[]] * len(prompts))
+    monkeypatch.setattr(program, "generate", fake)
+    assert main(command(as_of_llama_2, "--prompt", "Tom", *flags)) == 0
+    printed, bos = capsys.readouterr().out, "<s> " if "--show-compute" in flags else ""
+    assert f"{bos}Tom his é this\n" in printed and ("his" not in flags or f"{bos}his his é this\n" in printed)
+
+
+def test_what_the_tokenizer_puts_around_a_prompt(folder, tmp_path, monkeypatch):
+    """<eos> between prompt and answer, after which nothing sensible comes; two <bos> for a prompt that brings its own;
+    an index out of range for a token that has no row in the embedding, or a model refused for one that nobody uses."""
+    other, asked = tmp_path / "other", []
+    shutil.copytree(folder, other)
+    tokenizer = load_tokenizer(folder)
+    right = tokenizer.encode("Tom has").ids
+    tokenizer.post_processor = around("<bos> $A <eos>", ("<bos>", 0), ("<eos>", 1))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    monkeypatch.setattr(program, "generate", lambda model, prompts, *_, **how: asked.extend(prompts) or sys.exit())
+    with pytest.raises(SystemExit):
+        main(command(other, "--prompt", "Tom has", "--prompt", "<bos>Tom has", "--question", "x"))
+    assert asked[0] == asked[1] == right and asked[2].count(0) == 1 and 1 not in asked[2]
+    with pytest.raises(InputError, match="'.PAD.' is token 482 of .*tokenizer.json.* take it out of the text"):
+        main(command(other, "--prompt", "Tom has [PAD]"))
+
+
 def test_several_prompts_and_questions(folder, capsys):
     """Answers under the wrong question, or all prompts before all questions; a template other than training's."""
     asked = ["--prompt", "Tom has", "--question", "How many?", "--prompt", "x", "--question", "Why?"]
@@ -372,6 +419,8 @@ def test_show_compute(folder, capsys, monkeypatch):
     assert printed.startswith(f"{plain}\n\n{legend(False)}\nfrozen, budget 0.75: ") and "\033" not in printed
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(argv) == 0 and capsys.readouterr().out.startswith(f"{colourful}\n\n{legend(True)}\n")
+    monkeypatch.setenv("NO_COLOR", "")                           # no-color.org: present and not empty
+    assert main(argv) == 0 and capsys.readouterr().out.startswith(colourful)
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(argv) == 0 and "\033" not in capsys.readouterr().out
 

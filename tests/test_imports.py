@@ -8,17 +8,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {path.stem for path in ROOT.glob("*.py")}
-MEASURE = {"bench", "bench_peer", "eval_gsm8k"}
+MEASURE = {"answers", "bench", "bench_peer", "eval_gsm8k", "sweep"}
 # what each room of the core may know of the others, design by design
 ALLOWED = {
     "console": set(), "linear": set(), "rows": set(), "flags": {"console"}, "decoder_by_hand": set(),
     "by_hand": {"console", "decoder_by_hand"},
     "gates": {"console", "linear"}, "model": {"console", "gates", "rows", "linear"}, "savings": {"model", "gates"},
     "disk": {"console"}, "tokens": {"console"}, "problems": {"console"}, "read_data": {"console", "problems"},
-    "thresholds": {"console", "gates"}, "load_weights": {"console", "disk", "gates", "model"},
+    "thresholds": {"console", "gates"}, "load_weights": {"console", "disk", "gates", "model", "tokens"},
     "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
     "checkpoint": {"console", "disk", "load_weights"},
     "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds", "tokens"},
+    "answers": {"console", "data", "tokens"}, "sweep": {"console", "disk", "load_weights"},
 }
 TORCH_ONLY = ("by_hand", "decoder_by_hand", "linear", "gates", "rows", "model", "savings", "thresholds")
 

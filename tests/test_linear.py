@@ -1,4 +1,8 @@
 """Tests of linear.py: one product, whoever computes it."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,3 +57,27 @@ def test_linear_is_the_same_product_on_every_path(bias, shape):
     assert out.requires_grad and ((out - exact).abs() < 1e-4).all()
     with torch.no_grad():
         assert ((linear.double()(x.double()) - exact).abs() < 1e-9).all()
+
+
+RAGGED = """
+import torch
+from linear import Linear
+memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
+layers = [Linear(256, 256), Linear(256, 512)]
+with torch.no_grad():
+    for layer in layers:
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for rows in range(1, 900):
+        for layer in layers:
+            layer(torch.zeros(rows, 256))
+        if rows == 400:
+            before = memory()
+print(memory() - before)
+"""
+
+
+def test_memory_does_not_grow_with_every_new_number_of_rows():
+    """A program compiled and kept for each number of rows: gigabytes after some thousand ragged batches."""
+    done = subprocess.run([sys.executable, "-c", RAGGED], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert float(done.stdout) < 100, done.stderr                 # MB; without a bound 500

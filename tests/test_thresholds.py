@@ -10,7 +10,8 @@ import torch
 from conftest import MAY_SKIP, both_kv, build, llama, on_devices, padding, same_masks
 from console import InputError
 from gates import GRANULARITIES, SkipPolicy, quantile_threshold, skippable_share
-from thresholds import calibrate, frozen_threshold, make_policy, search, thresholds_at
+import thresholds
+from thresholds import calibrate, chunks, frozen_threshold, make_policy, one_pass, search, thresholds_at
 
 
 # One threshold.
@@ -151,6 +152,28 @@ def share_skipped(model, seqs, policy):
     ids, valid = padded(seqs)
     keep = torch.stack(model(ids, valid=valid, policy=policy)[1].keep)
     return 1 - keep.sum().item() / (valid.sum().item() * len(keep))
+
+
+def test_chunks_by_hand():
+    """A slice that is longer than allowed, padding that is not counted, an item lost or alone too long to be taken."""
+    cut = lambda *lengths: [[len(item) for item in chunk] for chunk in chunks([[0] * n for n in lengths], tokens=10)]
+    assert cut() == [] and cut(11) == [[11]] and cut(5, 5) == [[5, 5]] and cut(5, 6, 1) == [[5], [6], [1]]
+    assert cut(1, 1, 4, 3, 20, 1) == [[1, 1], [4, 3], [20], [1]]
+    assert list(chunks("abc", length=lambda item: 2, tokens=4)) == ["ab", "c"]
+
+
+@pytest.mark.parametrize("skip", GRANULARITIES)
+def test_one_pass_in_chunks_is_one_pool(skip, monkeypatch):
+    """All windows in one forward pass, which no memory holds; or a threshold of each chunk, or of the last one."""
+    model, seqs = build(llama()), sequences()
+    for q in (0.0, 0.3):
+        whole, shapes, begin = one_pass(model, seqs, q, skip, "copy_up"), [], model.begin
+        with monkeypatch.context() as m:
+            m.setattr(thresholds, "chunks", lambda seqs: chunks(seqs, tokens=20))
+            m.setattr(model, "begin", lambda ids, **how: shapes.append(ids.numel()) or begin(ids, **how))
+            in_chunks = one_pass(model, seqs, q, skip, "copy_up")
+        assert len(shapes) == 5 and max(shapes) <= 20
+        assert np.allclose(whole, in_chunks, rtol=0, atol=1e-9) and any(whole[0])
 
 
 def test_calibrate_without_gates_is_refused():

@@ -68,11 +68,12 @@ def unbroken(folder, tmp_path_factory):
 
 def run(folder, out, *switches, **flags):
     """train.main on the model in folder; flags as keywords, switches such as --resume as they are."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return train.main(words(*switches, **{"model": folder, "out": out, **FLAGS, **flags}))
     except BaseException:                                        # it leaves its own behind: a program would be gone
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         raise
 
 
