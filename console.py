@@ -55,10 +55,10 @@ def pyplot():
     """matplotlib.pyplot, drawing to files; None, and one line that says so, where it is not installed."""
     try:
         import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
     except ImportError:
         return print("no picture: matplotlib is not installed (pip install matplotlib)")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     return plt
 
 
@@ -86,7 +86,8 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
     interrupted: what to say after Ctrl-C. out_of_memory: the way out of it. Exit code: what main returns; 1 after an
     error, 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of our output has gone, as after `| head`.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):        # a terminal may lack a character
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))    # closed: >&-
+    for stream in (sys.stdout, sys.stderr):                      # a terminal may lack a character
         stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:    # as under nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,7 +96,7 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
         try:
             status = main()
         finally:
-            sys.stdout and sys.stdout.flush()                    # here, and not where nobody can catch what it raises
+            sys.stdout.flush()                                   # here, and not where nobody can catch what it raises
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -109,6 +110,9 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
         status = 143 if isinstance(error, Terminated) else 130
         if interrupted:
             print(f"\n{interrupted}", file=sys.stderr)
+    for number in signal.SIGINT, signal.SIGTERM:                 # nothing is left to save
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
 
 

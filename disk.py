@@ -5,7 +5,7 @@ rename, sync the folder that holds the name.
 """
 import errno
 import os
-import shutil
+import re
 import socket
 import tempfile
 from contextlib import contextmanager, suppress
@@ -17,13 +17,13 @@ from filelock import FileLock, Timeout
 
 
 def sync(path):
-    """Return when the file's bytes, or the folder's names, are on the disk. OSError where they cannot be."""
+    """Return when the file's bytes, or the folder's names, are on the disk. OSError, with the path, if not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):     # a network share that syncs no folders: it does
-            raise                                                # what it can
+            raise OSError(error.errno, error.strerror, str(path)) from None                      # what it can
     finally:
         os.close(descriptor)
 
@@ -45,14 +45,16 @@ def rename(old, new):
 def write(path, content):
     """Write a whole file (str as UTF-8, or bytes), in one step: a reader sees the old one or the new one."""
     path = Path(path)
+    check_held(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
         rename(temporary, path)
-    except BaseException:
+    except OSError as error:                                     # of a full disk: it names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def check_writable(folder):
@@ -66,16 +68,32 @@ def check_writable(folder):
         raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
+_locks = {}                                                      # folder -> os.stat of the lock that we hold there
+
+
+def check_held(path):
+    """InputError where we held path or a folder above it, and its .lock was deleted: another may have it by now."""
+    for folder, mine in _locks.items():
+        if Path(path).absolute().is_relative_to(folder):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(folder / ".lock"), mine):
+                    continue
+            raise InputError(f"{folder} was deleted or taken over while this process worked in it: nothing more is "
+                             "written there")
+
+
 @contextmanager
 def only_one(folder, flag="--out"):
     """Make the folder, and hold its lock, a file .lock in it, as long as the `with` lasts.
 
-    InputError that names who holds it, OSError where one cannot write. The system lets go of a dead process's lock, so a
-    file that was left behind blocks nobody. A folder that was made here and stays empty goes again.
+    InputError that names who holds it, or for a .lock of somebody else's; OSError where one cannot write. The system
+    lets go of a dead process's lock, so a file that was left behind blocks nobody. Where no name was added, the lock
+    goes again, and a folder that was made here with it.
     """
     folder, holder = Path(folder), Path(folder) / ".lock"
     made = not folder.exists()
     check_writable(folder)
+    before = set(os.listdir(folder))
     lock = FileLock(holder, timeout=0.2)                         # by then whoever holds it has written its name
     try:
         lock.acquire()
@@ -85,10 +103,18 @@ def only_one(folder, flag="--out"):
                          f"another {flag}") from None
     try:
         if type(lock) is FileLock:                               # else filelock's own marker, where there is no flock
+            if not holder.is_file() or not re.fullmatch(r"(process \d+ on .*\n)?", holder.read_text(errors="replace")):
+                raise InputError(f"{holder} is not of a run: move it away, or choose another {flag}")
+            _locks[folder.absolute()] = os.stat(holder)
             with suppress(OSError):                              # a full disk: the name is a courtesy
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        if made and os.listdir(folder) == [".lock"]:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(InputError, OSError):
+            check_held(folder)
+            if set(os.listdir(folder)) - before == {".lock"}:
+                holder.unlink()
+                if made:
+                    folder.rmdir()
+        _locks.pop(folder.absolute(), None)
         lock.release()

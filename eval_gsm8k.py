@@ -6,6 +6,8 @@
 Zero-shot with the training template. An answer counts if the first `#### number` in it is the right one (answers.py).
 A sweep that was stopped goes on with the same command (sweep.py).
 """
+import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,13 +18,14 @@ from flags import Parser, add_machine_flags, seed_number, whole
 from tqdm import tqdm
 
 from answers import check_golds, extract_answer, is_right, normalise
+from checkpoint import STEP, held
 from data import encode_prompt, load_examples
-from disk import check_writable, only_one
+from disk import check_writable, write
 from gates import check_budget
 from generate import generate
-from load_weights import check_fit, load_model, load_tokenizer
+from load_weights import check_fit, find_folder, load_model, load_tokenizer
 from savings import Savings
-from sweep import TARGETS, add_row, data_digest, model_digest, open_sweep, rows_of, wilson
+from sweep import TARGETS, add_row, check_compared, data_digest, model_digest, open_sweep, rows_of, wilson
 from thresholds import make_policy
 from tokens import decode
 
@@ -69,26 +72,31 @@ def line_of(r):
 
 
 def plot(rows, path):
-    """Accuracy against what was skipped, and against MACs saved, with 95% intervals."""
+    """Accuracy against what was skipped, and against MACs saved, with 95% intervals. True if it was drawn."""
     plt = pyplot()
     if plt is None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for name in dict.fromkeys(r["row"] for r in rows):
         mine = sorted((r for r in rows if r["row"] == name), key=lambda r: r["skipped"])
+        label = name.encode(errors="replace").decode().replace("$", r"\$")       # $...$ is a formula to matplotlib
         for axis, key in zip(axes, ("skipped", "macs_saved")):
             x, y = ([100 * r[k] for r in mine] for k in (key, "accuracy"))
             low, high = zip(*(wilson(r["accuracy"], r["n"]) for r in mine))
             error = [a - 100 * b for a, b in zip(y, low)], [100 * b - a for a, b in zip(y, high)]
-            axis.errorbar(x, y, error, label=name, marker="o", markersize=4, capsize=2, ls="-" if len(mine) > 1 else "")
+            axis.errorbar(x, y, error, label=label, marker="o", markersize=4, capsize=2,
+                          ls="-" if len(mine) > 1 else "")
     for axis, label in zip(axes, ("(token, branch) pairs skipped, %", "multiply-accumulates saved, gates paid, %")):
         axis.set(xlabel=label)
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"exact answers, % of {rows[0]['n']} held-out problems")
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    write(path, picture.getvalue())
     plt.close(figure)
+    return True
 
 
 def parse_args(argv):
@@ -106,7 +114,8 @@ def parse_args(argv):
     add("--max-new-tokens", type=whole(1), default=96, help="of each answer")
     add("--compare", nargs="+", default=[], metavar="FILE",
         help="eval.json of other runs, whose GateSkip rows join the picture")
-    add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local, else runs/eval")
+    add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local (of a step: its "
+        "run's), else runs/eval")
     add("--overwrite", action="store_true", help="measure every row anew, in place of what eval.json holds")
     add("--seed", type=seed_number, default=0, help="of random skipping")
     add_machine_flags(p)
@@ -151,17 +160,23 @@ def main(argv=None):
     if isinstance(examples[0], str):
         raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
     out = Path(args.out or (args.model if Path(args.model).is_dir() else "runs/eval"))
+    for step in (out.resolve(), *out.resolve().parents):         # which the run deletes when it saves the next
+        if re.fullmatch(STEP, step.name) and (step.parent / "metrics.jsonl").exists():
+            if args.out:
+                raise InputError(f"--out {out} goes when that run saves its next step: give {step.parent}")
+            out = step.parent
     try:                                                         # before the work, not after it
         check_writable(out)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written ({error.strerror}): give another folder") from None
-    with only_one(out):
+    with held(out):                                              # if a run's: no train.py goes on meanwhile
         return evaluate(args, examples, out, others)
 
 
 def evaluate(args, examples, out, others):
     """The sweep: what is not in out/eval.json yet is measured, row by row. others: rows that join the picture."""
     device, dtype = pick_device(args.device, args.dtype)
+    before = {key: model_digest(find_folder(vars(args)[key])) for key in ("model", "dense") if vars(args)[key]}
     tokenizer = load_tokenizer(args.model)
     note = check_golds(examples, tokenizer, args.data)
     model = load_model(args.model, device=device, dtype=dtype)
@@ -175,8 +190,14 @@ def evaluate(args, examples, out, others):
     if too_long := len(examples) - len(fitting):
         note = f"; {too_long} left out, longer than {room} tokens{note}"
 
+    made = made_with(args, plan, fitting, device)
+    for key in before:
+        if made[key] != before[key]:
+            raise InputError(f"--{key} {vars(args)[key]} was replaced while it was loaded: start again")
+    for other in args.compare:
+        check_compared(other, made)
     file, wanted = out / "eval.json", [[name, budget] for name, _, _, budget in plan]
-    sweep = open_sweep(file, vars(args), made_with(args, plan, fitting, device), wanted, args.overwrite)
+    sweep = open_sweep(file, vars(args), made, wanted, args.overwrite)
     rows, batch = sweep["rows"], min(args.batch_size, len(fitting))
     if rows:
         print(f"rows already in {file}: {len(rows)}; to go: {len(sweep['missing'])}")
@@ -200,11 +221,11 @@ def evaluate(args, examples, out, others):
         print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
     if others:                                                   # say whose rows are whose
         rows = [{**r, "row": f"GateSkip, {Path(args.model).name}"} if r["row"] == "GateSkip" else r for r in rows]
-    plot(rows + others, out / "eval.png")
-    left = len(sweep["missing"])
-    print(f"\nwritten: {file}, {out / 'eval.png'}" + f"; rows that an earlier command lacks still: {left}" * bool(left))
+    drawn, left = plot(rows + others, out / "eval.png"), len(sweep["missing"])
+    print(f"\nwritten: {file}" + f", {out / 'eval.png'}" * bool(drawn)
+          + f"; rows that an earlier command lacks still: {left}" * bool(left))
     return 0
 
 
 if __name__ == "__main__":
-    run(main, out_of_memory="lower --batch-size")
+    run(main, out_of_memory="lower --batch-size (if rows are there already: with another --out)")

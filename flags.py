@@ -4,6 +4,7 @@ Checks of one flag are its `type`: a function text -> value that raises InputErr
 """
 import argparse
 import math
+import sys
 from functools import partial
 
 import console
@@ -40,7 +41,7 @@ def number(kind, least=0, most=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most or value == math.inf or (above and value == least):
+        if not least <= value <= most or abs(value) > sys.float_info.max or (above and value == least):
             bounds = f"{'above' if above else 'of at least'} {least}" + (f" and at most {most}" * (most < math.inf))
             raise InputError(f"{text!r} must be a {'whole ' if kind is int else ''}number {bounds}")
         return value

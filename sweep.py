@@ -47,9 +47,11 @@ def interpolate(points, targets=TARGETS):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def model_digest(folder):
-    """Of everything in a model's folder that may change an answer: 16 hex digits, the same for a copy."""
-    total = hashlib.sha256()
-    for path in (path for pattern in WEIGHTS for path in sorted(Path(folder).glob(pattern))):
+    """Of all in a model's folder that may change an answer: 16 hex digits, the same for a copy. InputError for none."""
+    total, paths = hashlib.sha256(), [path for pattern in WEIGHTS for path in sorted(Path(folder).glob(pattern))]
+    if not paths:
+        raise InputError(f"no model lies there, or no longer: {folder}")
+    for path in paths:
         total.update(path.name.encode())
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
@@ -68,16 +70,20 @@ def data_digest(examples):
 
 NUMBERS = ("skipped", "macs_saved", "accuracy", "n")             # what a row of every version has
 MORE = (*NUMBERS, "budget", "skipped_per_call", "low", "high", "flexible", "cut", "seconds")
+PARTS = ("skipped", "skipped_per_call", "macs_saved")            # of "prompt" and "answer", where it has them
 
 
 def read_rows(file, numbers=NUMBERS):
     """(all of an eval.json, its rows with these keys as float, name of its model). ValueError if it is none of ours."""
     try:
-        stored = read_json(file)
-        rows = [{"row": r["row"], **{key: float(r[key]) for key in numbers}} for r in stored["rows"]]
-        if all(r["n"] >= 1 and 0 <= r["accuracy"] <= 1 and isinstance(r["row"], str) for r in rows):
+        stored, floats = read_json(file), lambda r, keys: {key: r[key] + 0.0 for key in keys}    # TypeError for "0.9"
+        rows = [{"row": r["row"], **floats(r, numbers), **{part: floats(r[part], PARTS) for part in ("prompt", "answer")
+                                                           if r.get(part)}} for r in stored["rows"]]
+        json.dumps(rows, allow_nan=False)                        # ValueError
+        if (all(r["n"] >= 1 and 0 <= r["accuracy"] <= 1 and isinstance(r["row"], str) for r in rows)
+                and isinstance(stored.get("made_with", {}), dict)):
             return stored, rows, Path(stored["settings"]["model"]).name
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, OverflowError):
         pass
     raise ValueError
 
@@ -94,6 +100,14 @@ def rows_of(file):
     return [{**r, "row": f"GateSkip, {name}"} for r in rows if r["row"] == "GateSkip"]
 
 
+def check_compared(file, made_with):
+    """Say on stderr where a --compare file was measured on something else, or, of an earlier version, on who knows."""
+    was = read_json(file).get("made_with", {})
+    if differs := [f"{key} {was.get(key, 'unknown')}, here {made_with[key]}"
+                   for key in ("data", "problems", "max new tokens") if was.get(key) != made_with[key]]:
+        print(f"CAUTION: --compare {file} was measured otherwise ({'; '.join(differs)})", file=sys.stderr)
+
+
 def open_sweep(file, settings, made_with, wanted, overwrite=False):
     """The sweep that `file` is to hold: a dict with the rows that are there already. Writes nothing.
 
@@ -105,13 +119,13 @@ def open_sweep(file, settings, made_with, wanted, overwrite=False):
         way_out = "choose another --out, or --overwrite it"
         try:
             stored = read_rows(file, MORE)[0]
-            rows, missing, was = list(stored["rows"]), list(stored["missing"]), dict(stored["made_with"])
-        except (KeyError, TypeError, ValueError):
+            rows, was = list(stored["rows"]), stored["made_with"]
+            missing = [[name, budget + 0.0] for name, budget in stored["missing"]]
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError(f"{file} is damaged, of an earlier version, or no file of this program: "
                              f"{way_out}") from None
-        changed = [f"{key} {was.get(key)}, now {now}" for key, now in made_with.items()
-                   if None not in (now, was.get(key, "unknown")) and was.get(key) != now]
-        if changed:
+        if changed := [f"{key} {was.get(key)}, now {now}" for key, now in made_with.items()
+                       if None not in (now, was.get(key, "unknown")) and was.get(key) != now]:
             raise InputError(f"{file} holds rows of other settings ({'; '.join(changed)}): {way_out}")
         made_with = {key: was.get(key) if now is None else now for key, now in made_with.items()}
     sweep = {"complete": False, "settings": settings, "made_with": made_with, "missing": missing + wanted, "rows": rows}

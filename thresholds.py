@@ -117,7 +117,7 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
     result = {"skip": skip, "kv": kv, "thresholds": {"1.0": smallest}, "realised": {}}
     correction = 1.0                                             # of the last budget: a good guess for the next
     for budget in sorted((b for b in map(check_budget, budgets) if b < 1.0), reverse=True):
-        key, target, q = str(round(budget, 4)), (1.0 - budget) * share, (1.0 - budget) * correction
+        key, target, q = str(budget), (1.0 - budget) * share, (1.0 - budget) * correction
         table_at = lambda q: one_pass(model, sequences, q, skip, kv)[0]
         if realised is None:
             result["thresholds"][key] = table_at(1.0 - budget)

@@ -6,7 +6,6 @@
 First the recipe, then the loop (train), then what stands around it: the sets of examples, the calibration and the table
 at the end, the flags. What a run leaves on disk is in checkpoint.py.
 """
-import json
 import math
 import signal
 import sys
@@ -20,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import held, open_run, plot_metrics, save_checkpoint, start_run
+from checkpoint import held, open_run, save_checkpoint, start_run
 from data import answer_places, batch_at, collate, load_examples, load_sets
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
 from generate import generate
 from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
                           save_config)
+from metrics import add_line, plot_metrics
 from read_data import digest
 from savings import SHAPES, Savings, memory_table
 from thresholds import calibrate, chunks, make_policy
@@ -64,9 +64,8 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype, args.tf32)
     if args.dry_run:
         return dry_run(args, gate)
-    out = Path(args.out)
-    with held(out):                                              # one process at a time
-        return train(args, gate, device, dtype, out)
+    with held(args.out):                                         # one process at a time
+        return train(args, gate, device, dtype, Path(args.out))
 
 
 def train(args, gate, device, dtype, out):
@@ -93,7 +92,7 @@ def train(args, gate, device, dtype, out):
 
     came = []                                                    # Ctrl-C, SIGTERM: finish the step, save, leave
     before = {number: signal.signal(number, lambda number, _: came.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN}
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=0.5)
     for step in bar:                                                                             # line 1
         picked = batch_at(len(sets["train"]), args.batch_size * args.grad_accum, args.seed, step)
@@ -137,8 +136,7 @@ def train(args, gate, device, dtype, out):
                              "nothing was saved since the last checkpoint")
         optimizer.step()                                                                         # line 19: update
         optimizer.zero_grad(set_to_none=True)
-        metrics.write(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
-        metrics.flush()
+        add_line(metrics, row)
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {row['ce']:.3f}" + (
             f" gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}" if gate else ""))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or came:
@@ -190,6 +188,8 @@ def open_model(args, gate, device, dtype):
                          "ends an answer")
     if args.seq_len > config.max_position_embeddings:
         raise InputError(f"--seq-len {args.seq_len} exceeds the model's {config.max_position_embeddings} positions")
+    if gate is not None and not skippable_share(args.skip, config.num_hidden_layers):
+        raise InputError(f"--skip {args.skip} lets nobody skip in a model of {config.num_hidden_layers} layer")
     if gate is not None:                                         # an old calibration would not fit the weights to come
         config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
                                schedule=args.schedule)
@@ -293,7 +293,7 @@ def parse_args(argv):
     add("--out", default="runs/demo", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=whole(1), default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")
-    add("--overwrite", action="store_true", help="delete the run in --out first")
+    add("--overwrite", action="store_true", help="replace the run in --out, once this one has saved")
     add("--dry-run", action="store_true", help="say what would be done, what it needs, and stop")
     # optimisation
     add("--steps", type=whole(1), help="updates of the weights")

@@ -3,9 +3,9 @@
     python tests/power_loss.py [CHECKOUT]
 
 A copy is what a machine that stops hard at that instant would leave: the file holds what the kernel has sent to the
-disk, and nothing of what it still keeps in memory. Each copy is mounted, which replays the journal, and resumed. It must
-go on from the newest step that `latest` had named by then, or from the one before it, and equal the unbroken run bit for
-bit. CHECKOUT: another version of train.py, to see it fail. Exit code 0 if all copies are good.
+disk, and nothing of what it still keeps in memory. Each copy is mounted, which replays the journal, and resumed. It
+must go on from the newest step that `latest` had named by then, or from the one before it, and equal the unbroken run
+bit for bit. CHECKOUT: another version of train.py, to see it fail. Exit code 0 if all copies are good.
 """
 import os
 import random
@@ -21,7 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES, SAVES, EVERY = 20, 20, 60                                # the first copy may come after the second save
-FLAGS = f"--data arithmetic --gate scalar --batch-size 4 --steps 10000 --warmup 50 --save-every {EVERY} --device cpu"
+FLAGS = (f"--data arithmetic --gate scalar --batch-size 4 --steps {2 * SAVES * EVERY} --warmup 50 "
+         f"--save-every {EVERY} --device cpu")
 
 
 @contextmanager
@@ -37,15 +38,16 @@ def mounted(image):
 
 @contextmanager
 def training(checkout, out, *more):
-    """train.py in a process that is killed in the end; what it prints goes to a file beside the image."""
-    with open(f"{tempfile.gettempdir()}/power_loss.log", "w") as log:
+    """train.py in a process that is killed in the end; what it says is in process.log."""
+    with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, checkout / "train.py", *FLAGS.split(), "--out", out, *more]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+        process.log = log
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -99,12 +101,14 @@ def check(copy, checkout, announced, unbroken):
             return f"step {found}: {type(error).__name__}: {error}"
         with training(checkout, out, "--resume") as process:
             reached = newest(out, found, process)
-        if not reached:
-            return "does not resume: " + Path(tempfile.gettempdir(), "power_loss.log").read_text().splitlines()[-1]
+            if not reached:
+                process.log.seek(0)
+                return f"does not resume: {process.log.read().splitlines()[-1]}"
         return None if content(out, reached) == unbroken[reached] else f"step {reached} differs after the resume"
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # unmounts
     checkout = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT).resolve()
     with tempfile.TemporaryDirectory() as home:
         image, unbroken, copies, step = Path(home) / "disk.img", {}, [], 0
@@ -117,7 +121,6 @@ def main():
         subprocess.run(["mkfs.ext4", "-q", image], check=True)
         with mounted(image) as place, training(checkout, place / "run") as process:
             newest(place / "run", EVERY, process)
-            since = time.time()
             pace = (SAVES - 2) * EVERY / COPIES                  # steps from one copy to the next, on average
             due = 2 * EVERY + random.uniform(0, 2 * pace)
             while len(copies) < COPIES:
@@ -130,7 +133,7 @@ def main():
                     copies.append((Path(home) / f"{len(copies)}.img", announced, lines))
                     copies[-1][0].write_bytes(image_at_this_instant(image))
                 due += random.uniform(0, 2 * pace)
-            print(f"{COPIES} copies, {announced // EVERY} saves in {time.time() - since:.0f} seconds")
+            print(f"{COPIES} copies during {announced // EVERY} saves")
         bad = 0
         for number, (copy, announced, lines) in enumerate(copies, 1):
             wrong = check(copy, checkout, announced, unbroken)

@@ -22,9 +22,10 @@ import torch
 import checkpoint
 import load_weights
 import train
-from checkpoint import RUN_FILES, held, metrics_lines, open_run, plot_metrics, save_checkpoint, start_run
-from console import InputError
+from checkpoint import RUN_FILES, held, open_run, save_checkpoint, start_run
+from console import InputError, pyplot
 from load_weights import load_model, load_tokenizer, read_json
+from metrics import metrics_lines, plot_metrics
 from toy_runs import (FLAGS, ROOT, SCHEDULES, Killed, at_step, folder, kill, last, metrics, run, same_bits, state,
                       unbroken, undisturbed, words)
 
@@ -41,8 +42,16 @@ def test_files_of_a_run(unbroken):
     assert all(re.fullmatch(RUN_FILES, p.name) for p in out.iterdir())
 
 
+def some_lines(number, loss=1.0):
+    """The text of a metrics.jsonl."""
+    return "".join(json.dumps(dict(step=i, loss=loss, ce=1.0, budget=1, skipped=0.0)) + "\n" for i in range(number))
+
+
+ONE, TWO = some_lines(2).encode().splitlines(keepends=True)
+
+
 @pytest.mark.parametrize("content, good", [
-    (None, 0), (b"", 0), (b"{}\n", 1), (b'{"a": 1}\n{"a": 2}\n{"a"', 2), (b"{}\nnone\n{}\n", 1), (b"{}\n\xff\n", 1)])
+    (None, 0), (b"", 0), (ONE, 1), (ONE + TWO + b'{"a"', 2), (ONE + b"none\n" + TWO, 1), (ONE + b"\xff\n", 1)])
 def test_metrics_end_at_the_first_damaged_line(tmp_path, content, good):
     """A half-written last line that stops a resume with a traceback, or a gap in the middle that is jumped over."""
     if content is not None:
@@ -53,10 +62,10 @@ def test_metrics_end_at_the_first_damaged_line(tmp_path, content, good):
 
 def drawn(monkeypatch, out):
     """{title: {label: ([steps], [values])}} of the curves that plot_metrics(out) draws."""
-    plt, seen = checkpoint.pyplot(), {}
+    plt, seen = pyplot(), {}
     monkeypatch.setattr(plt, "close", lambda figure: seen.update({axis.get_title(): {
         line.get_label(): tuple(map(list, line.get_data())) for line in axis.lines} for axis in figure.axes}))
-    monkeypatch.setattr(checkpoint, "pyplot", lambda: plt)
+    monkeypatch.setattr("metrics.pyplot", lambda: plt)
     plot_metrics(out)
     return seen
 
@@ -153,7 +162,6 @@ def dying(monkeypatch, instant):
         monkeypatch.setattr(owner, name, operation)
 
     def half_a_model(model, path, tokenizer):
-        path.mkdir()
         real_bytes(path / "model.safetensors", b"\x00" * 99)
 
     def half_deleted(path, ignore_errors=False):
@@ -211,11 +219,12 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(saver, tmp_path, mo
     save, optimizer = saver
     base, left = tmp_path / "base", set()
     base.mkdir()
-    (base / "metrics.jsonl").write_text("{}\n" * 4)
+    (base / ".lock").touch()
+    (base / "metrics.jsonl").write_text(some_lines(4))
     save(base, 2, OLD)
     if overwrites:                                               # another run with steps of the same names
         (base / "eval.json").write_text("{}")
-        (base / "metrics.jsonl.tmp").write_text('{"new": 1}\n' * step)
+        (base / "metrics.jsonl.tmp").write_text(some_lines(step, 2.0))
     for instant in count():
         out = tmp_path / str(instant)
         shutil.copytree(base, out)
@@ -229,14 +238,41 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(saver, tmp_path, mo
         found, kept = resumed(out, optimizer), load_model(out).lm_head.weight.unique().item()
         assert found["optimizer"]["state"][0]["exp_avg"].unique().item() == kept
         assert found["step"] == {OLD: 2, NEW: step}[kept]
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        assert lines == ['{"new": 1}' if overwrites and kept == NEW else "{}"] * found["step"]
+        lines = some_lines(found["step"], 2.0 if overwrites and kept == NEW else 1.0)
+        assert (out / "metrics.jsonl").read_text() == lines
         evaluated = ["eval.json"] if overwrites and kept == OLD else []
         assert names(out) == [".lock", *evaluated, "latest", "metrics.jsonl", f"step-{found['step']:06d}"]
         left.add(kept)
         save(out, 6)
         assert names(out) == [".lock", *evaluated, "latest", "metrics.jsonl", "step-000006"]
     assert left == {OLD, NEW} and instant > 20
+
+
+def test_a_kill_while_an_overwritten_run_comes_back(saver, tmp_path, monkeypatch):
+    """`latest` that is back before the steps are: the next start takes what is still set aside for rubbish."""
+    save, optimizer = saver
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / ".lock").touch()
+    (base / "metrics.jsonl").write_text(some_lines(2))
+    (base / "eval.json").write_text("{}")
+    save(base, 2, OLD)
+    checkpoint._set_aside(base)
+    (base / "metrics.jsonl").write_text(some_lines(4, 2.0))
+    shutil.copytree(base / ".overwritten" / "step-000002", base / "step-000002")
+    for instant in count():
+        out = tmp_path / str(instant)
+        shutil.copytree(base, out)
+        with monkeypatch.context() as m:
+            dying(m, instant)
+            try:
+                checkpoint._end_overwrite(out)
+                break
+            except Killed:
+                pass
+        assert resumed(out, optimizer)["step"] == 2 and (out / "metrics.jsonl").read_text() == some_lines(2)
+        assert names(out) == [".lock", "eval.json", "latest", "metrics.jsonl", "step-000002"]
+    assert instant == 10
 
 
 def test_what_is_on_the_disk_before_what(saver, tmp_path, monkeypatch):
@@ -251,26 +287,26 @@ def test_what_is_on_the_disk_before_what(saver, tmp_path, monkeypatch):
 
     def short(path):
         return os.path.relpath(path, tmp_path).replace(".step-000004.tmp", "new")
-    (tmp_path / "metrics.jsonl").write_text("{}\n" * 4)
+    (tmp_path / "metrics.jsonl").write_text(some_lines(4))
     save(tmp_path, 2)
     record(os, "fsync", lambda descriptor: f"sync {short(os.readlink(f'/proc/self/fd/{descriptor}'))}")
     record(os, "replace", lambda old, new: f"{short(old)} -> {short(new)}")
     record(shutil, "rmtree", lambda path, **_: f"delete {short(path)}")
     save(tmp_path, 4)
-    config, tree, rest = done[:3], done[3:8], done[8:]
-    assert config == ["sync new/config.json.tmp", "new/config.json.tmp -> new/config.json", "sync new"]
+    config, tree, rest = done[:-12], done[-12:-7], done[-7:]
+    assert config in ([], ["sync new/config.json.tmp", "new/config.json.tmp -> new/config.json", "sync new"])
     assert sorted(tree) == ["sync new", "sync new/config.json", "sync new/model.safetensors", "sync new/tokenizer.json",
                             "sync new/train_state.pt"]
-    assert rest[:-2] == ["sync metrics.jsonl", "new -> step-000004", "sync .",
-                         "sync latest.tmp", "latest.tmp -> latest", "sync ."]
-    assert sorted(rest[-2:]) == ["delete .overwritten", "delete step-000002"]
+    assert rest == ["sync metrics.jsonl", "new -> step-000004", "sync .",
+                    "sync latest.tmp", "latest.tmp -> latest", "sync .", "delete step-000002"]
 
 
 def test_a_kill_between_the_two_renames(saver, tmp_path, monkeypatch):
     """`latest` replaced before the step has its name: the newest step named and not there. And after it: a step that
     nothing names, which must not be resumed from, nor stay."""
     save, optimizer = saver
-    (tmp_path / "metrics.jsonl").write_text("{}\n" * 4)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "metrics.jsonl").write_text(some_lines(4))
     save(tmp_path, 2)
     real, renamed = os.replace, []
 
@@ -313,7 +349,7 @@ def test_resume_cleans_before_it_writes(folder, unbroken, tmp_path, monkeypatch)
 def test_only_steps_are_deleted_by_a_save(saver, tmp_path):
     """The user's copy of a good step, gone with the next save."""
     save, _ = saver
-    (tmp_path / "metrics.jsonl").write_text("{}\n" * 4)
+    (tmp_path / "metrics.jsonl").write_text(some_lines(4))
     save(tmp_path, 2)
     for name in ("step-000002-best", "step-2", "step-000002.bak", "old-step-000002"):
         shutil.copytree(tmp_path / "step-000002", tmp_path / name)
@@ -376,8 +412,9 @@ def test_every_single_flipped_bit_is_harmless_or_told(unbroken, tmp_path):
     whole, (right, _) = bytearray(path.read_bytes()), open_run(args, {})
     bits, told, end = random.Random(1), 0, whole.rindex(b"PK\5\6")
     places = [bits.randrange(len(whole)) for _ in range(60)] + list(range(end - 60, end)) + list(range(50))
-    for place in places:                                         # anywhere; in the zip's directory; in its first header
-        whole[place] ^= (flip := 1 << bits.randrange(8))
+    flips = [(place, 1 << bits.randrange(8)) for place in places]                # anywhere; in the zip's directory; in
+    for place, flip in [*flips, (whole.rindex(b"train_state/data/5") - 8, 16)]:  # its first header; "it is a folder"
+        whole[place] ^= flip
         path.write_bytes(whole)
         whole[place] ^= flip
         try:
@@ -494,7 +531,7 @@ def test_latest_names_a_step_of_its_own_run(folder, unbroken, tmp_path, name):
     (lambda out: (last(out) / "train_state.pt").unlink(), "train_state.pt is missing or damaged"),
     (lambda out: torch.save({"a": 1}, last(out) / "train_state.pt"), "train_state.pt is missing or damaged"),
     (lambda out: (out / "metrics.jsonl").unlink(), "has only 0 good lines and the checkpoint is of step 6"),
-    (lambda out: (out / "metrics.jsonl").write_bytes(b"{}\n{}\n{\xff\n{}\n{}\n{}\n"),
+    (lambda out: (out / "metrics.jsonl").write_bytes(ONE + TWO + b"{\xff\n" + 3 * ONE),
      "has only 2 good lines and the checkpoint is of step 6"),
 ])
 def test_resume_of_a_damaged_run_says_the_way_out(folder, unbroken, tmp_path, damage, complaint):
@@ -538,6 +575,7 @@ def test_overwrite_deletes_neither_strangers_nor_its_own_input(folder, unbroken,
     for flags in (dict(model=out), dict(model=last(out)), dict(data=last(out) / "train.jsonl")):
         with pytest.raises(InputError, match=r"--overwrite would delete --\w+ .* which lies in --out"):
             run(folder, out, "--overwrite", **flags)
+    (last(out) / "train.jsonl").unlink()                         # still there
     for name in ("thesis.txt", "latest-thoughts.md", "step-by-step.md", "step-000006-best", "step-6", "metrics.jsonl~",
                  "eval.csv", ".step-by-step", "my-step-000006"):
         (out / name).write_text("years of work")
@@ -688,7 +726,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch
     """The last good step replaced by NaN: --lr 1e39 spoils the weights in an update, and no loss shows it yet."""
     with pytest.raises(InputError, match="^weights are not finite at step 1: lower --lr; what was saved before stays$"):
         run(folder, tmp_path / "run", lr=1e39, warmup=0, save_every=1)
-    assert names(tmp_path / "run") == [".lock", "metrics.jsonl"]
+    assert not (tmp_path / "run").exists()                       # there is nothing to go on with
     for value in (torch.nan, torch.inf, -torch.inf):
         model = load_model(folder)
         list(model.parameters())[-1].data.view(-1)[-1] = value

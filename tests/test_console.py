@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import console
-from console import InputError, pick_device, pyplot, run, told
+from console import InputError, Terminated, pick_device, pyplot, run, told
 from flags import Parser, real, seed_number, whole
 
 ROOT = Path(console.__file__).resolve().parent
@@ -23,9 +23,11 @@ COMMANDS = ("data.py", "train.py", "generate.py", "eval_gsm8k.py", "bench.py")
 def state(monkeypatch):
     """What parsers and run() leave behind in the process is put back."""
     monkeypatch.setattr(console, "given", {})
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def parsed(*words, **flags):
@@ -216,11 +218,7 @@ def test_sigterm_is_as_ctrl_c(capsys):
             signal.raise_signal(signal.SIGTERM)
         finally:
             unwound.append(True)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert ended(main, interrupted="saved") == 143 and unwound and capsys.readouterr().err == "\nsaved\n"
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert ended(main, interrupted="saved") == 143 and unwound and capsys.readouterr().err == "\nsaved\n"
 
 
 def test_nohup_stays_in_force():
@@ -228,6 +226,13 @@ def test_nohup_stays_in_force():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert ended(lambda: signal.raise_signal(signal.SIGINT)) is None
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_signal_after_the_end_is_quiet():
+    """A second SIGTERM while the interpreter leaves, whose exception nobody is there to catch."""
+    for main in (lambda: None, raising(Terminated())):
+        ended(main)
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("main", [
@@ -354,7 +359,17 @@ def test_errors_name_only_flags_that_are_paths(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_half_a_matplotlib_is_none(capsys, monkeypatch):
+    """A traceback at the end of a run from a matplotlib that imports and cannot draw."""
+    monkeypatch.delattr(sys.modules[pyplot().__package__], "pyplot")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert pyplot() is None and capsys.readouterr().out.startswith("no picture: ")
+
+
 def test_a_closed_output_is_no_error(tmp_path):
     """`python data.py >&-`: sys.stdout is None, and None has no reconfigure."""
     done = subprocess.run(f"exec {sys.executable} data.py --n 1 >&-", shell=True, cwd=ROOT, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
+    command = f"exec {sys.executable} generate.py --model examples/tiny-llama --prompt 1 --max-new-tokens 1 2>&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and b"MACs saved" in done.stdout

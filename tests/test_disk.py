@@ -2,6 +2,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import disk
 from console import InputError
-from disk import check_writable, only_one, rename, sync, sync_tree, write
+from disk import check_held, check_writable, only_one, rename, sync, sync_tree, write
 
 ROOT = Path(disk.__file__).parent
 
@@ -85,6 +86,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, name, err
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_full_disk_is_told_with_its_file(tmp_path, monkeypatch):
+    """"No space left on device", and no word of where: neither write(2) nor fsync(2) names a file."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for owner, name in ((Path, "write_bytes"), (os, "fsync")):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, full)
+            with pytest.raises(OSError) as error:
+                write(tmp_path / "a.json", "new")
+            assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "a.json")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        sync(tmp_path)
+    assert error.value.filename == str(tmp_path)
+
+
 # Where one can write.
 
 def test_check_writable(tmp_path):
@@ -115,6 +132,44 @@ def holder(folder):
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def test_a_folder_that_another_has_taken_over(tmp_path):
+    """A folder deleted under a live process and held by the next one: deleted again, with the lock and all, when the
+    first one ends; files of the one in the folder of the other."""
+    for place, lose in (("a", shutil.rmtree), ("b", lambda folder: (folder / ".lock").unlink())):
+        folder = tmp_path / place
+        with only_one(folder):
+            check_held(folder / "step" / "file")
+            lose(folder)
+            process = holder(folder)
+            for path in (folder, folder / "step" / "file"):
+                with pytest.raises(InputError, match=f"^{folder} was deleted or taken over while"):
+                    check_held(path)
+            with pytest.raises(InputError, match="taken over"):
+                write(folder / "eval.json", "")
+            check_held(tmp_path)
+            check_held(tmp_path / "ab")
+        assert (folder / ".lock").read_text().startswith(f"process {process.pid} on ")
+        assert os.listdir(folder) == [".lock"]
+        process.communicate()
+        check_held(folder)                                       # ours no more
+
+
+@pytest.mark.parametrize("make", [
+    lambda lock: lock.write_text("my own"), lambda lock: lock.write_text("process 1 on a\nprocess 2 on b\n"), os.mkfifo,
+    os.mkdir, lambda lock: lock.symlink_to(lock.with_name("file"))])
+def test_a_lock_of_somebody_else(tmp_path, make):
+    """A file of the user's that happens to have this name, overwritten; a pipe that is waited for."""
+    (tmp_path / "file").write_text("my own")
+    make(tmp_path / ".lock")
+    was = (tmp_path / ".lock").lstat()
+    with pytest.raises((InputError, OSError)) as error:
+        with only_one(tmp_path):
+            pytest.fail("held")
+    assert str(tmp_path / ".lock") in str(error.value) and (tmp_path / ".lock").lstat().st_ino == was.st_ino
+    assert (tmp_path / ".lock").lstat().st_mtime_ns == was.st_mtime_ns
+    assert (tmp_path / "file").read_text() == "my own"
 
 
 def test_one_holds_and_the_other_is_refused(tmp_path):
@@ -172,5 +227,5 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
     (tmp_path / "own").mkdir()
     with only_one(tmp_path / "own"):
         pass
-    assert sorted(os.listdir(tmp_path)) == ["own", "used"] and os.listdir(tmp_path / "own") == [".lock"]
+    assert sorted(os.listdir(tmp_path)) == ["own", "used"] and os.listdir(tmp_path / "own") == []
     assert sorted(os.listdir(tmp_path / "used")) == [".lock", "file"]

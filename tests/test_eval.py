@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval_gsm8k
+from checkpoint import _set_aside, held
 from conftest import build
 from console import InputError
 from data import encode_prompt
@@ -310,11 +311,85 @@ def test_a_model_without_gates_gives_its_dense_row_only(folders, tmp_path, monke
 
 
 def test_results_go_beside_a_local_model(folders, tmp_path, monkeypatch):
-    """Results of one model that overwrite another's."""
+    """Results of one model that overwrite another's; files of the user's that the tidying of runs takes for its own."""
     monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: path.write_text(rows[0]["row"]))
     shutil.copytree(folders["dense"], tmp_path / "model")
+    for name in ("latest", "notes.tmp", ".cache", "step-000002"):
+        (tmp_path / "model" / name).write_text("not a run's")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     assert main(words(model=tmp_path / "model", limit=1, max_new_tokens=1, device="cpu")) == 0
     assert (tmp_path / "model" / "eval.json").is_file() and (tmp_path / "model" / "eval.png").read_text() == "model"
+    assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}.items()
+
+
+@pytest.fixture
+def a_run(folders, tmp_path, monkeypatch):
+    """A run's folder that has saved the gated model as step-000002; no pictures are drawn."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    shutil.copytree(folders["gated"], tmp_path / "run" / "step-000002")
+    (tmp_path / "run" / "latest").write_text("step-000002\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n{}\n")
+    return tmp_path / "run"
+
+
+def test_no_results_in_a_step_that_the_run_deletes(folders, a_run, tmp_path):
+    """eval.json in runs/x/step-000080, which the next save of that run deletes with the folder."""
+    step, flags = a_run / "step-000002", dict(limit=1, max_new_tokens=1, budgets=1.0, device="cpu")
+    (tmp_path / "link").symlink_to(step)
+    before = sorted(step.iterdir())
+    for given in (step, tmp_path / "link"):
+        assert main(words(model=given, **flags)) == 0
+        (a_run / "eval.json").unlink()
+    for out in (step, step / "eval", tmp_path / "link"):
+        with pytest.raises(InputError) as error:
+            main(words(model=folders["gated"], out=out, **flags))
+        assert str(error.value) == f"--out {out} goes when that run saves its next step: give {a_run}"
+    assert sorted(step.iterdir()) == before
+    shutil.copytree(step, tmp_path / "kept" / step.name)         # nobody deletes a copy
+    assert main(words(model=tmp_path / "kept" / step.name, **flags)) == 0
+    assert (tmp_path / "kept" / step.name / "eval.json").is_file()
+
+
+def test_a_run_that_was_set_aside_comes_back_first(folders, a_run):
+    """Rows that are measured while a killed `train.py --overwrite` has the old run set aside: with that run its old
+    eval.json comes back, over them."""
+    old = evaluate(folders, a_run, "--budgets", "1.0", model=a_run)
+    _set_aside(a_run)                                            # and killed
+    more = evaluate(folders, a_run, "--budgets", "0.9", model=a_run)
+    assert more["rows"][:1] == old["rows"] and len(more["rows"]) == 3
+    with held(a_run):                                            # the next train.py
+        assert json.loads((a_run / "eval.json").read_text()) == more
+    assert sorted(p.name for p in a_run.iterdir()) == [".lock", "eval.json", "latest", "metrics.jsonl", "step-000002"]
+
+
+@pytest.mark.parametrize("which", ["model", "dense"])
+@pytest.mark.parametrize("change", [lambda folder: (folder / "config.json").write_text("{} "), shutil.rmtree])
+def test_a_model_replaced_while_it_loads_is_said(folders, tmp_path, monkeypatch, which, change):
+    """The old model's accuracy kept under the digest of the one that replaced it, or of no file at all."""
+    copies = {name: shutil.copytree(folders[kind], tmp_path / name) for name, kind in (("model", "gated"),
+                                                                                      ("dense", "dense"))}
+    def load_and_change(folder, **flags):
+        model = load_model(folder, **flags)
+        change(copies[which]) if model.source == copies[which] else None
+        return model
+    monkeypatch.setattr(eval_gsm8k, "load_model", load_and_change)
+    with pytest.raises(InputError) as error:
+        evaluate(folders, tmp_path / "out", "--budgets", "1.0", **copies)
+    assert "replaced while it was loaded: start again" in str(error.value) or "no model lies there" in str(error.value)
+    assert str(copies[which]) in str(error.value) and not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_a_comparison_with_other_problems_is_said(folders, tmp_path, monkeypatch, capsys):
+    """Accuracy on 2 problems drawn beside accuracy on 5 others in one picture, without a word."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    evaluate(folders, tmp_path / "same", "--budgets", "1.0", seed=1)
+    evaluate(folders, tmp_path / "less", "--budgets", "1.0", limit=2, max_new_tokens=5)
+    files = [str(tmp_path / name / "eval.json") for name in ("same", "less")]
+    capsys.readouterr()
+    evaluate(folders, tmp_path, "--budgets", "1.0", "--compare", *files)
+    caution, = (line for line in capsys.readouterr().err.splitlines() if "CAUTION" in line)
+    assert re.fullmatch(rf"CAUTION: --compare {files[1]} was measured otherwise \(data \w{{16}}, here \w{{16}}; "
+                        r"problems 2, here 5; max new tokens 5, here 6\)", caution)
 
 
 def test_other_runs_join_the_picture(folders, tmp_path, monkeypatch):
@@ -354,9 +429,46 @@ def test_the_pictures_error_bars_are_the_intervals(tmp_path, monkeypatch):
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch, capsys):
     """A traceback after hours of evaluation because matplotlib is missing."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    plot([], tmp_path / "eval.png")
+    assert not plot([], tmp_path / "eval.png")
     assert capsys.readouterr().out == "no picture: matplotlib is not installed (pip install matplotlib)\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_only_what_is_written_is_named(folders, tmp_path, monkeypatch, capsys):
+    """`written: eval.json, eval.png` where no picture was drawn."""
+    evaluate(folders, tmp_path, "--budgets", "1.0")
+    file, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+    assert f"\nwritten: {file}, {picture}\n" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate(folders, tmp_path, "--budgets", "1.0")
+    assert f"\nwritten: {file}\n" in capsys.readouterr().out
+
+
+def test_half_a_picture_replaces_none(tmp_path, monkeypatch):
+    """A disk that fills up, or a kill, while the picture is written over the old one."""
+    from matplotlib.figure import Figure
+
+    def half(self, file, **_):
+        with file if hasattr(file, "write") else open(file, "wb") as opened:
+            opened.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Figure, "savefig", half)
+    (tmp_path / "eval.png").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        plot([row_of()], tmp_path / "eval.png")
+    assert (tmp_path / "eval.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["GateSkip, \udcff", r"GateSkip, a$\b$", "GateSkip, $5"])
+def test_every_name_can_be_drawn(tmp_path, monkeypatch, name):
+    """A traceback after the last row: a model's folder whose name is no UTF-8, or a formula to matplotlib."""
+    from matplotlib.figure import Figure
+    texts, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **flags: (
+        texts.append(self.axes[0].get_legend().get_texts()[0].get_text()), savefig(self, *args, **flags)))
+    assert plot([row_of(name)], tmp_path / "eval.png")
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert texts == [name.replace("\udcff", "?").replace("$", r"\$")]
 
 
 def test_questions_of_a_file(folders, tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ ALLOWED = {
     "by_hand": {"console", "decoder_by_hand"},
     "gates": {"console", "linear"}, "model": {"console", "gates", "rows", "linear"}, "savings": {"model", "gates"},
     "disk": {"console"}, "tokens": {"console"}, "problems": {"console"}, "read_data": {"console", "problems"},
-    "thresholds": {"console", "gates"}, "load_weights": {"console", "disk", "gates", "model", "tokens"},
+    "thresholds": {"console", "gates"}, "read_config": {"console", "gates", "model"},
+    "load_weights": {"console", "disk", "gates", "model", "read_config", "tokens"},
     "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
-    "checkpoint": {"console", "disk", "load_weights"},
+    "metrics": {"console", "disk"}, "checkpoint": {"console", "disk", "load_weights", "metrics"},
     "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds", "tokens"},
     "answers": {"console", "data", "tokens"}, "sweep": {"console", "disk", "load_weights"},
 }

@@ -887,6 +887,7 @@ def test_a_new_model_that_does_not_fit_into_memory(tmp_path, monkeypatch):
     (dict(attn_logit_softcapping="50"), "attn_logit_softcapping is '50'"),
     (dict(final_logit_softcapping=0.0), "final_logit_softcapping is 0.0"),
     (dict(hidden_activation="gelu"), "activation 'gelu' is not supported"),
+    (dict(hidden_act="gelu", hidden_activation="silu"), "activation 'gelu' is not supported"),
     (dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
     (dict(mlp_bias=True, rope_local_base_freq=1e4), "mlp_bias, rope_local_base_freq is not supported"),
     (dict(model_type="gemma3_text"), "has model_type gemma2, not 'gemma3_text'"),
@@ -919,6 +920,7 @@ RULE = {"gate": GATE, "skip": "all", "kv": "copy_up"}
     ({**RULE, "thresholds": {"0.9": [0.5] * 6}}, "no thresholds of budget 1.0"),     # 0.95 would skip as 0.9 does
     ({**RULE, "thresholds": {"0.9": [0.5] * 6, "0.999": [0.5] * 6}}, "no thresholds of budget 1.0"),
     ({**RULE, "thresholds": TABLE, "budget_end": "0.8"}, "a budget_end that is no number"),
+    ({**RULE, "thresholds": {**TABLE, "1.00": [0.5] * 6}}, "name a budget twice"),
     ({"gate": GATE, "thresholds": TABLE}, "skip None"),
     ({**RULE, "skip": "some", "thresholds": TABLE}, "skip 'some' is not one of all, attn"),
     ({**RULE, "kv": 1, "thresholds": TABLE}, "kv 1 is not one of copy_up, dense"),
@@ -975,6 +977,8 @@ NORM = "model.layers.1.input_layernorm.weight"
     (changed(NORM, lambda t: t[None]), f"tensor {NORM} has shape (1, 48), config.json implies (48,)"),
     (changed(NORM, lambda t: t.to(torch.int8)),
      f"model.safetensors: tensor {NORM} is stored as torch.int8; take the original, unquantized"),
+    (changed(NORM, lambda t: t.index_fill(0, torch.tensor([3]), NAN)), f"tensor {NORM} holds numbers that are"),
+    (changed(NORM, lambda t: t.index_fill(0, torch.tensor([3]), INF)), f"tensor {NORM} holds numbers that are"),
     (changed(NORM, lambda t: t.to(torch.float8_e4m3fn)), f"tensor {NORM} is stored as torch.float8_e4m3fn"),
 ])
 def test_bad_weights(damage, words, tmp_path):

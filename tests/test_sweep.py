@@ -9,7 +9,7 @@ import sweep
 from console import InputError
 from load_weights import save_model
 from problems import Example, arithmetic
-from sweep import TARGETS, add_row, data_digest, interpolate, model_digest, open_sweep, rows_of, wilson
+from sweep import TARGETS, add_row, check_compared, data_digest, interpolate, model_digest, open_sweep, rows_of, wilson
 from toy_runs import toy
 
 MADE = {"model": "aa", "dense": None, "data": "dd", "problems": 200, "policy": "frozen", "seed": 0}
@@ -92,6 +92,14 @@ def test_a_model_is_known_by_its_bytes(tmp_path):
     assert changed("model.safetensors", last, last[:-1] + bytes([last[-1] ^ 1]))             # one bit, the same size
 
 
+def test_no_files_are_no_model(tmp_path):
+    """The digest of nothing, the same for every model whose folder has gone: one's rows taken for another's."""
+    (tmp_path / "README.md").write_text("weights to follow")
+    for folder in (tmp_path / "gone", tmp_path):
+        with pytest.raises(InputError, match=f"no model lies there, or no longer: {folder}$"):
+            model_digest(folder)
+
+
 def test_data_is_known_by_its_questions_and_answers():
     """Rows over the first two problems taken for rows over all, or over the same questions with other answers."""
     problems = arithmetic(4)
@@ -161,6 +169,7 @@ FOREIGN = ["", "{", "[]", "{}", '{"rows": []}', '{"rows": [3], "settings": {"mod
            json.dumps(OLD | {"rows": [OLD["rows"][0] | {"accuracy": 1.5}]}),
            json.dumps(OLD | {"rows": [OLD["rows"][0] | {"n": 0}]}),
            json.dumps(OLD | {"rows": [OLD["rows"][0] | {"row": ["GateSkip"]}]}),
+           json.dumps(OLD | {"rows": [OLD["rows"][0] | {"skipped": "0.1"}]}), json.dumps(OLD | {"made_with": 7}),
            json.dumps(OLD | {"settings": {"model": None}}), "[" * 100_000]
 
 
@@ -180,7 +189,14 @@ def test_a_damaged_or_foreign_file_is_left_alone(tmp_path, content):
 @pytest.mark.parametrize("damage", [
     lambda c: c.pop("made_with"), lambda c: c.pop("missing"), lambda c: c.update(made_with=7),
     lambda c: c.update(rows=7), lambda c: c["rows"][0].pop("low"), lambda c: c["rows"][0].update(seconds="x"),
-    lambda c: c["rows"].append(None)])
+    lambda c: c["rows"].append(None), lambda c: c.update(made_with=[]),
+    lambda c: c["rows"][0].update(budget="0.9"), lambda c: c["rows"][0].update(budget=None),
+    lambda c: c["rows"][0].update(skipped=float("nan")), lambda c: c["rows"][0].update(seconds=float("inf")),
+    lambda c: c["rows"][0].update(n=10 ** 400), lambda c: c["rows"][0].update(prompt=5),
+    lambda c: c["rows"][0].update(answer={"skipped": 0.1}),
+    lambda c: c["rows"][0].update(prompt=dict(skipped=0.1, skipped_per_call=0.1, macs_saved="+")),
+    lambda c: c.update(missing="abc"), lambda c: c.update(missing=[["GateSkip"]]),
+    lambda c: c.update(missing=[["GateSkip", "0.9"]]), lambda c: c.update(missing=["ab"])])
 def test_a_file_changed_by_hand_is_damaged(tmp_path, damage):
     """A row that nobody can print, found out after hours."""
     file = tmp_path / "eval.json"
@@ -207,6 +223,15 @@ def test_rows_for_a_comparison(tmp_path, capsys):
     stored(file, [row_of(), row_of("random ranks, gated")])
     assert [r["row"] for r in rows_of(file)] == ["GateSkip, x"]
     assert capsys.readouterr().err == f"--compare {file} is of a sweep that was not finished\n"
+
+
+def test_what_an_old_file_was_measured_on_is_unknown(tmp_path, capsys):
+    """A comparison that passes for one on the same problems because the file does not say on which."""
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps(OLD))
+    check_compared(file, MADE | {"max new tokens": 96})
+    assert capsys.readouterr().err == (f"CAUTION: --compare {file} was measured otherwise (data unknown, here dd; "
+                                       "problems unknown, here 200; max new tokens unknown, here 96)\n")
 
 
 def test_a_row_is_on_the_disk_before_the_next(tmp_path, monkeypatch):

@@ -231,6 +231,14 @@ def test_calibrate_corrects_a_table_that_runs_away(skip, capsys):
     assert not any("NOT" in line for line in said)
 
 
+def test_budgets_are_stored_as_they_were_asked_for():
+    """A budget rounded on its way into the table: then it is below the smallest one, or the same as another."""
+    model = build(llama())
+    for budget in (2 / 3, 0.99997, 1e-5):
+        table = calibrate(model, sequences(), [budget])["thresholds"]
+        assert len(table) == 2 and thresholds_at(table, budget) == table[str(budget)]
+
+
 @on_devices
 @both_kv
 @pytest.mark.parametrize("skip", GRANULARITIES)

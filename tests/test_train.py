@@ -356,6 +356,7 @@ def test_a_warm_up_longer_than_the_run_is_said(capsys):
     (dict(budget_start=0.7), "--budget-end 0.8 is above"),
     (dict(steps=0), "--steps: '0' must be a whole number of at least 1; --help lists the flags"),
     (dict(grad_accum=0), "--grad-accum: '0'"), (dict(lr="nan"), "--lr: 'nan'"), (dict(lr=0), "--lr: '0'"),
+    (dict(warmup="1" + "0" * 400), "--warmup: '1000"),
     (dict(sparsity_weight="inf"), "--sparsity-weight: 'inf'"), (dict(warmup=-1), "--warmup: '-1'"),
     (dict(calibrate=0.5), "--calibrate 0.5 is below --budget-end 0.8"), (dict(calibrate=0), "--calibrate: budget 0.0"),
     (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
@@ -381,6 +382,14 @@ def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
             run(folder, tmp_path / "run", *switches, **flags)
     with pytest.raises(InputError, match="--data is missing"):
         train.main(["--preset", "llama-3.2-1b"])
+
+
+def test_a_granularity_that_lets_nobody_skip(folder, tmp_path):
+    """A run to its end, and a division by 0 in its table: every second layer of a single one."""
+    (tmp_path / "config.json").write_text(json.dumps(read_json(folder / "config.json") | {"num_hidden_layers": 1}))
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    with pytest.raises(InputError, match="--skip alternate lets nobody skip in a model of 1 layer"):
+        train.main(words(init_config=tmp_path / "config.json", out=tmp_path / "run", skip="alternate", **FLAGS))
 
 
 def test_a_model_that_does_not_fit_its_tokenizer(folder, tmp_path):
@@ -420,6 +429,24 @@ def test_a_loss_that_is_no_number_stops_the_program(folder, tmp_path):
     assert lines[0].startswith("error: the loss is ") and "norm nan at step 1: lower --lr" in lines[0]
     assert done.stderr.endswith(lines[0] + "\n")
     assert last(tmp_path / "run").name == "step-000001" and load_model(tmp_path / "run")
+
+
+def test_no_update_from_a_loss_or_gradient_that_is_no_number(folder, tmp_path, monkeypatch):
+    """Weights that are spoiled first and looked at afterwards."""
+    updates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: updates.append(1) or step(self))
+    for spoiled in ("loss", "gradient"):
+        updates.clear()
+        with monkeypatch.context() as m:
+            if spoiled == "loss":
+                real = train.F.cross_entropy
+                m.setattr(train.F, "cross_entropy", lambda *a, **k: real(*a, **k) * (math.nan if updates else 1.0))
+            else:
+                clip = torch.nn.utils.clip_grad_norm_
+                m.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) + (math.inf if updates else 0.0))
+            with pytest.raises(InputError, match="at step 1: lower --lr"):
+                run(folder, tmp_path / spoiled)
+        assert updates == [1], spoiled
 
 
 # The end of a run.
