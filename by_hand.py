@@ -86,8 +86,9 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
     return torch.stack([cap(model.lm_head.weight @ h_i, c.final_softcap) for h_i in h]), all_g, keep, KV
 
 
-def training_step(model, ids, answer_from, step, total, lam=0.1, kind="l2", b_1=1.0, b_2=0.8, **how):
-    """Algorithm 1: the loss of one step (from 0) on one sequence; ids[answer_from:] is the answer. how: of forward."""
+def training_step(model, ids, answer_from, step, total, lam=0.1, kind="l2", b_1=1.0, b_2=0.8, costs=None, **how):
+    """Algorithm 1: the loss of one step (from 0) on one sequence; ids[answer_from:] is the answer. how: of forward.
+    costs: what each branch weighs, with mean 1 (ours); printed: all the same."""
     t, T = step + 1, total                                                       # line 1: for t; line 2: (x, y) is ids
     b_t = b_1 - (b_1 - b_2) * (t - 1) / (T - 1) if t < T else b_2                # line 3
     logits, all_g, _, _ = forward(model, ids, b_t, **how)                        # (S, V), [branch][token] of (H,)
@@ -96,7 +97,8 @@ def training_step(model, ids, answer_from, step, total, lam=0.1, kind="l2", b_1=
     size = {"l1": lambda g: g.mean(),                                            # line 18 as printed: |g|
             "l2_norm": lambda g: g.pow(2).mean(0).sqrt().mean(),                 # eq. 4, here over sqrt(S)
             "l2": lambda g: g.pow(2).mean()}[kind]                               # the default: the authors' code
-    L_S = sum(size(torch.stack(g)) for g in all_g) / len(all_g)                  # of (S, H) each
+    costs = costs or [1.0] * len(all_g)
+    L_S = sum(c * size(torch.stack(g)) for c, g in zip(costs, all_g)) / len(all_g)               # of (S, H) each
     return L_CE + lam * L_S                      # eq. 5; line 19: update by backward() and AdamW; line 20: end for t
 
 

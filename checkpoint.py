@@ -95,7 +95,7 @@ def _set_aside(out):
         sync(out)
 
 
-def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
+def save_checkpoint(out, step, model, tokenizer, optimizer, settings, quantile=None):
     """Write out/step-NNNNNN under a temporary name, rename it, point `latest` to it, then delete older ones.
 
     All is on the disk before the next thing is done: a kill or a power cut at any instant, or a full disk (OSError),
@@ -109,7 +109,7 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, settings):
         temporary.mkdir(exist_ok=True)                           # and not its parents, if they have gone
         save_model(model, temporary, tokenizer)
         state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                 "sums": checksums(temporary)}
+                 "sums": checksums(temporary), "quantile": quantile}
         torch.save(state, temporary / "train_state.pt")
         sync_tree(temporary)
         sync(begun if begun.exists() else metrics)               # has the lines up to this step
@@ -168,7 +168,8 @@ def _resume(out, settings):
         with zipfile.ZipFile(path) as parts:                     # torch compares no sums, and leaves "folders" unread
             whole = parts.testzip() is None and not any(part.external_attr for part in parts.infolist())
         state = torch.load(path, weights_only=True, map_location="cpu") if whole else {}
-        was, step, sums = dict(state["settings"]), int(state["step"]), dict(state.get("sums", {}))
+        was = {"threshold": "branch", "sparsity_cost": "equal", "gate_lr_scale": 1.0, **state["settings"]}   # new flags
+        step, sums = int(state["step"]), dict(state.get("sums", {}))
     except Exception as error:  # zipfile's, pickle's and torch's are of many kinds
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
@@ -222,14 +223,17 @@ def resume_optimizer(optimizer, state, folder):
 
 def _check_fit(optimizer, saved, step):
     """ValueError, or what comes of other types, unless the saved state can be this optimizer's after `step` updates."""
-    (group,), (was,) = optimizer.param_groups, saved["param_groups"]
-    names, places = group["param_names"], list(range(len(group["params"])))
-    if was.get("param_names", names) != names or not was["params"] == list(saved["state"]) == places:
+    pairs = list(zip(optimizer.param_groups, saved["param_groups"], strict=True))
+    trained = [named for group, _ in pairs for named in zip(group["param_names"], group["params"])]
+    places = [place for _, was in pairs for place in was["params"]]
+    if not places == list(saved["state"]) == list(range(len(trained))) or any(
+            was.get("param_names", group["param_names"]) != group["param_names"] for group, was in pairs):
         raise ValueError("it is of other parameters")            # older versions stored no names
-    for key in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
-        if was[key] != group[key]:
-            raise ValueError(f"{key} was {was[key]} and is {group[key]}")
-    for name, p, entry in zip(names, group["params"], saved["state"].values()):
+    for group, was in pairs:
+        for key in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
+            if was[key] != group[key]:
+                raise ValueError(f"{key} was {was[key]} and is {group[key]}")
+    for (name, p), entry in zip(trained, saved["state"].values()):
         if entry["step"].item() != step:
             raise ValueError(f"{name} has had {entry['step'].item()} updates, not {step}")
         for key in ("exp_avg", "exp_avg_sq"):

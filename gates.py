@@ -187,7 +187,7 @@ class SkipPolicy:
 
     kind    batch   quantile over all valid tokens of the call (the paper): depends on batch mates, looks ahead inside
                     a prompt, skips nothing when one sequence is left
-            frozen  a fixed threshold per branch (thresholds.py): causal, the same alone or in any batch
+            frozen  a fixed threshold per branch, or one for all (thresholds.py): causal, the same in any batch
             random  the baseline: floor((1 - b) n + u) tokens at random, u ~ U[0, 1) per branch and call
             topk    exactly ceil(b n) tokens with the highest scores (speed measurements)
             given   recorded masks (tests)
@@ -255,28 +255,29 @@ def budget_at(step, total, start=1.0, end=0.8, schedule="linear", seed=0):
 SPARSITY_LOSSES = ("l2", "l1", "l2_norm", "kl")
 
 
-def sparsity_loss(gates, valid=None, kind="l2", budget=1.0):
+def sparsity_loss(gates, valid=None, kind="l2", budget=1.0, costs=None):
     """What pulls the gates shut, over all branches and valid tokens. A scalar tensor.
 
     gates: list of (B, S, H) or (B, S, 1), one per branch (a shared gate counts once a use); valid (B, S) bool or None.
+    costs: what each branch weighs, with mean 1 (ours: savings.branch_costs); None: all the same (the paper).
     l2       mean of g^2 (the authors' code)         l1   mean of g (line 18 of Algorithm 1)
     l2_norm  eq. 4: per channel the 2-norm over the tokens, here divided by sqrt(n_valid) so that lambda means the same
              at every length                         kl   sum over branches of KL(Bern(g-bar) || Bern(budget))
     """
     n = gates[0][..., 0].numel() if valid is None else valid.sum().clamp(min=1)
     total = 0.0
-    for g in gates:
+    for g, cost in zip(gates, costs or [1.0] * len(gates)):
         g = g if valid is None else torch.where(valid[..., None], g, 0.0)     # (B, S, H)
         if kind == "l2":
-            total = total + (g * g).sum() / (n * g.shape[-1])
+            total = total + cost * (g * g).sum() / (n * g.shape[-1])
         elif kind == "l1":
-            total = total + g.sum() / (n * g.shape[-1])          # line 18 of Algorithm 1, as printed
+            total = total + cost * g.sum() / (n * g.shape[-1])   # line 18 of Algorithm 1, as printed
         elif kind == "l2_norm":
-            total = total + ((g * g).sum((0, 1)) / n).sqrt().mean()           # eq. 4
+            total = total + cost * ((g * g).sum((0, 1)) / n).sqrt().mean()    # eq. 4
         elif kind == "kl":
             mean, b = g.sum() / (n * g.shape[-1]), min(max(budget, 0.01), 0.99)
             mean = mean.clamp(1e-6, 1 - 1e-6)
-            total = total + mean * (mean / b).log() + (1 - mean) * ((1 - mean) / (1 - b)).log()
+            total = total + cost * (mean * (mean / b).log() + (1 - mean) * ((1 - mean) / (1 - b)).log())
         else:
             raise InputError(f"sparsity loss {kind!r} is not one of {', '.join(SPARSITY_LOSSES)}")
     return total if kind == "kl" else total / len(gates)

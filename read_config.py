@@ -138,7 +138,7 @@ def _gate_config(stored, branches, name):
                     raise ValueError(f"{key} {stored.get(key)!r:.60} is not one of {', '.join(allowed)}")
             for budget, values in stored["thresholds"].items():
                 check_budget(budget)
-                if len(values) != branches or not all(math.isfinite(v) for v in values):
+                if len(values) not in (1, branches) or not all(math.isfinite(v) for v in values):
                     raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
             if len(set(map(float, stored["thresholds"]))) < len(stored["thresholds"]):
                 raise ValueError("the thresholds name a budget twice")

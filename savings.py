@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from gates import GateConfig
+from gates import GateConfig, may_skip
 from model import Model, ModelConfig
 
 
@@ -62,6 +62,19 @@ def count_macs(config, keep, valid, *, keys, logit_rows, kv="copy_up", gate=None
     return macs + gates + logit_rows * config.vocab_size * H
 
 
+def branch_costs(config, skip="all"):
+    """The work that is decided at each of the 2L branches: MACs of products with weights for one token, with mean 1.
+
+    0 where nobody may skip; "layer" decides on the MLP at attention. Query-key products, which grow with the text, are
+    left out, and so are gates.
+    """
+    H, layers = config.hidden_size, config.num_hidden_layers
+    attention = 2 * H * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    mlp = 3 * H * config.intermediate_size
+    work = ([attention + mlp, 0] if skip == "layer" else [attention, mlp]) * layers
+    return [2 * layers * w * may_skip(skip, b) / sum(work) for b, w in enumerate(work)]
+
+
 def macs_of(config, trace, dense=False):
     """count_macs of one call's Trace; dense: of the ungated model on the same tokens, which skips nothing."""
     keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)        # (2L, B, S)
@@ -76,16 +89,22 @@ class Savings:
     skipped           skipped (token, branch) pairs over all valid pairs
     skipped_per_call  the paper's: the share per forward call and branch, all weighing the same
     macs_saved        1 - executed MACs / MACs of the ungated dense model; negative where gates cost more than they save
+
+    And work_skipped, what a budget under one threshold for all branches means: pairs weighted by branch_costs.
     """
 
     def __init__(self, config):
-        self.config, self.sums = config, {}                      # part -> (6,) float64: the arguments of _numbers
+        self.config, self.sums = config, {}                      # part -> (7,) float64: the arguments of _numbers
+        self.costs = None                                        # branch_costs (2L,), on the device
 
     def add(self, trace, part="all"):
         """Count one call's Trace. part: whose work it was, where that is told apart: "prompt" or "answer"."""
         kept, n = torch.stack(trace.keep).flatten(1).sum(-1), trace.valid.sum()              # (2L,), ()
+        if self.costs is None:
+            self.costs = torch.tensor(branch_costs(self.config), dtype=torch.float64, device=kept.device)
         now = torch.stack([x.double() for x in (kept.sum(), n * len(kept), (1 - kept / n).mean(), torch.ones_like(n),
-                                                macs_of(self.config, trace), macs_of(self.config, trace, dense=True))])
+                                                macs_of(self.config, trace), macs_of(self.config, trace, dense=True),
+                                                kept.double() @ self.costs)])
         self.sums[part] = self.sums[part] + now if part in self.sums else now
 
     def __iadd__(self, other):
@@ -103,9 +122,9 @@ class Savings:
         return report | {part: self._numbers(*sums) for part, sums in parts.items() if part != "all"}
 
     @staticmethod
-    def _numbers(kept, pairs, per_call, calls, run, dense):
+    def _numbers(kept, pairs, per_call, calls, run, dense, work):
         return {"skipped": 1 - kept / pairs, "skipped_per_call": per_call / calls, "macs_saved": 1 - run / dense,
-                "calls": int(calls), "pairs": pairs, "macs": run, "macs_dense": dense}
+                "work_skipped": 1 - work / pairs, "calls": int(calls), "pairs": pairs, "macs": run, "macs_dense": dense}
 
 
 def savings_line(saved, compute="compact"):

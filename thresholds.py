@@ -1,8 +1,8 @@
 """Thresholds that do not move: the quantile measured once on calibration data, then fixed.
 
 A quantile of the batch depends on batch mates, looks ahead inside a prompt and skips nothing in a single stream; a
-frozen threshold per branch does none of that. First one threshold, then a table of them (one pass, and the search that
-corrects it), then what generation reads out of the table.
+frozen threshold per branch, or one for all branches (price.py), does none of that. First one threshold, then a table of
+them (one pass, and the search that corrects it), then what generation reads out of the table.
 
 Shapes: B batch, S sequence, L layers.
 """
@@ -81,12 +81,13 @@ def one_pass(model, sequences, q, skip, kv):
 
 
 def search(table_at, realised, target, q, tolerance, rounds):
-    """Correct q until realised(table_at(q)) is target: regula falsi through 0, bisection where that leaves the bracket.
+    """Correct q until realised(table_at(q)), which rises with q, is target: regula falsi that cuts off a tenth of the
+    bracket at least.
 
     Returns the nearest (table, realised share, q) of at most `rounds` tries. It aims at half of the tolerance, so that
     other prompts stay within all of it.
     """
-    low, high, best = 0.0, 1.0, None
+    low, high, best = (0.0, 0.0), (1.0, 1.0), None               # (q, share)
     for _ in range(rounds):
         table = table_at(min(q, 0.999))
         got = realised(table)
@@ -94,35 +95,44 @@ def search(table_at, realised, target, q, tolerance, rounds):
             best = (table, got, q)
         if abs(got - target) <= tolerance / 2:
             break
-        low, high = (low, q) if got > target else (q, high)
-        guess = q * target / max(got, 1e-3)
-        q = guess if low < guess < high else (low + high) / 2
+        low, high = (low, (q, got)) if got > target else ((q, got), high)
+        width, rise = high[0] - low[0], max(high[1] - low[1], 1e-9)
+        q = low[0] + width * min(max((target - low[1]) / rise, 0.1), 0.9)
     return best
 
 
-def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None, tolerance=0.01, rounds=6):
-    """One frozen threshold per branch and budget: one pass over the sequences, then, if asked, a search.
+def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None, quantile=None, tolerance=0.01,
+              rounds=6):
+    """Frozen thresholds for each budget: measured on the sequences in one pass, or read from the RunningQuantile of
+    training, then, if asked, corrected by a search.
 
     Skipping changes the states that later scores are made from, so a table can run away in use; therefore, when
     `realised(policy) -> skipped share` is given (run the policy on prompts that the model continues), the quantile
-    asked for is corrected until the share is within `tolerance` of (1 - budget) x the skippable share.
+    asked for is corrected until the share is within `tolerance` of (1 - budget) x the share that may be skipped.
+    Shares are of (token, branch) pairs, and of work where a quantile is given.
 
-    Returns {"skip", "kv", "thresholds": {"1.0": [...], "0.95": [2L floats], ...}, "realised": {"0.95": share, ...}}; a
-    branch that may not skip has threshold 0. thresholds["1.0"] holds the smallest scores and serves interpolation only.
+    Returns {"skip", "kv", "threshold", "thresholds": {"1.0": [...], "0.95": [2L floats, or one], ...}, "realised":
+    {"0.95": share, ...}}; a branch that may not skip has threshold 0. thresholds["1.0"] holds the smallest scores and
+    serves interpolation only.
     """
     if model.config.gate is None:
         raise InputError("this model has no gates to calibrate: train it first (python train.py --model ...)")
-    share = skippable_share(skip, model.config.num_hidden_layers)
-    smallest = one_pass(model, sequences, 0.0, skip, kv)[1]
-    result = {"skip": skip, "kv": kv, "thresholds": {"1.0": smallest}, "realised": {}}
+    branches = 2 * model.config.num_hidden_layers
+    if quantile is None:
+        share, smallest = skippable_share(skip, branches // 2), one_pass(model, sequences, 0.0, skip, kv)[1]
+        table_at = lambda q: one_pass(model, sequences, q, skip, kv)[0]
+    else:
+        share, smallest = float(quantile.costs.mean()), [float(quantile.at(0.0))]
+        table_at = lambda q: [float(quantile.at(q))]
+    result = {"skip": skip, "kv": kv, "threshold": "branch" if quantile is None else "global",
+              "thresholds": {"1.0": smallest}, "realised": {}}
     correction = 1.0                                             # of the last budget: a good guess for the next
     for budget in sorted((b for b in map(check_budget, budgets) if b < 1.0), reverse=True):
-        key, target, q = str(budget), (1.0 - budget) * share, (1.0 - budget) * correction
-        table_at = lambda q: one_pass(model, sequences, q, skip, kv)[0]
+        key, target, q = str(budget), (1.0 - budget) * share, min((1.0 - budget) * correction, 0.99)
         if realised is None:
             result["thresholds"][key] = table_at(1.0 - budget)
             continue
-        in_use = lambda table: realised(SkipPolicy("frozen", budget, skip, kv, thresholds=table))
+        in_use = lambda table: realised(SkipPolicy("frozen", budget, skip, kv, thresholds=spread(table, branches)))
         result["thresholds"][key], got, q = search(table_at, in_use, target, q, tolerance, rounds)
         result["realised"][key], correction = got, q / (1.0 - budget)
         missed = f"  target {target:.1%} NOT reached: skipping here feeds on itself"
@@ -131,8 +141,13 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
     return result
 
 
+def spread(table, branches):
+    """One threshold for all branches, or one for each -> one for each."""
+    return table * branches if len(table) == 1 else table
+
+
 def thresholds_at(table, budget):
-    """The frozen thresholds (list of 2L floats) at any budget between the calibrated ones, interpolated linearly.
+    """The frozen thresholds (2L floats, or one) at any budget between the calibrated ones, interpolated linearly.
 
     table: {"1.0": [...], "0.95": [...], ...}. InputError below the smallest calibrated budget.
     """
@@ -175,7 +190,9 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
         if (skip, kv) != (stored["skip"], stored["kv"]):
             raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not "
                              f"--skip {skip} --kv {kv}: other settings need a calibration of their own")
-    thresholds = thresholds_at(stored["thresholds"], budget) if kind == "frozen" else None
+    thresholds = None
+    if kind == "frozen":
+        thresholds = spread(thresholds_at(stored["thresholds"], budget), 2 * config.num_hidden_layers)
     if thresholds and all(abs(float(known) - budget) > 1e-4 for known in stored["thresholds"]):
         print(f"budget {budget} is not among the calibrated ({', '.join(stored['thresholds'])}): thresholds "
               "interpolated, less may be skipped than asked", file=sys.stderr)

@@ -19,17 +19,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from budgets import HELD_OUT, finish
 from checkpoint import held, open_run, save_checkpoint, start_run
 from data import answer_places, batch_at, collate, load_examples, load_sets
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
-from generate import generate
-from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
-                          save_config)
+from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json)
 from metrics import add_line, plot_metrics
 from read_data import digest
-from savings import SHAPES, Savings, memory_table
-from thresholds import calibrate, chunks, make_policy
+from price import RunningQuantile
+from savings import SHAPES, branch_costs, memory_table
 
 # Table 15 of the paper. What is a flag's name is that flag's default; the rest is used as it stands.
 TABLE_15 = dict(
@@ -47,8 +46,6 @@ PRESETS = {
     "llama-3.1-8b": dict(model="meta-llama/Llama-3.1-8B", checkpoint_activations=True, freeze_backbone=True, lr=1e-4),
     "gemma-2-2b": dict(model="google/gemma-2-2b", checkpoint_activations=True),
 }
-BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)            # calibrated as far down as training went
-HELD_OUT, CONTINUE = 64, 96                                      # calibration sequences, tokens to continue each by
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,8 +79,16 @@ def train(args, gate, device, dtype, out):
     for name, p in model.named_parameters():
         p.requires_grad_("_gate." in name or not args.freeze_backbone)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.items(), lr=args.lr, betas=TABLE_15["betas"], eps=TABLE_15["eps"],
+    apart = lambda name: "_gate." in name and args.gate_lr_scale != 1.0
+    groups = [{"params": [(name, p) for name, p in trained.items() if apart(name) == gates], "scale": scale}
+              for gates, scale in ((False, 1.0), (True, args.gate_lr_scale))]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
+                                  lr=args.lr, betas=TABLE_15["betas"], eps=TABLE_15["eps"],
                                   weight_decay=TABLE_15["weight_decay"], fused=True)
+    costs = branch_costs(model.config) if args.sparsity_cost == "macs" else None
+    quantile = None
+    if gate and args.threshold == "global":
+        quantile = RunningQuantile(branch_costs(model.config, args.skip), state and state["quantile"])
     metrics = start_run(out, state, saved, optimizer)            # writes: all that may be wrong has loaded
     first = 0 if state is None else state["step"]
     say_sizes(model, trained.values(), f"step {first} of {args.steps}, out {out}")
@@ -99,10 +104,12 @@ def train(args, gate, device, dtype, out):
         picked = [sets["train"][i] for i in picked]                                              # line 2: (x, y) ~ D
         b = budget_at(step, args.steps, args.budget_start, args.budget_end, args.schedule, args.seed)    # line 3: b_t
         policy = SkipPolicy("batch" if gate else "none", b, args.skip, args.kv)                  # line 8 is its keep()
+        policy = quantile.policy(b, args.skip, args.kv) if quantile else policy                  # ours: one for all
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+            group["lr"] = group.get("scale", 1.0) * learning_rate(step, args.steps, args.lr, args.warmup)
 
         answer_tokens, tokens = sum(sum(mask) for _, mask in picked), sum(len(ids) for ids, _ in picked)
+        seen = []                                                # scores (2L, B * S) and valid (B * S) for the quantile
         sums = dict.fromkeys(("ce", "sparsity", "scores", "kept", "pairs"), torch.zeros((), device=device))
         for start in range(0, len(picked), args.batch_size):
             part = picked[start:start + args.batch_size]
@@ -116,7 +123,7 @@ def train(args, gate, device, dtype, out):
             sparsity = ce.new_zeros(())
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
-                sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b)
+                sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b, costs)
             (ce + args.sparsity_weight * sparsity).backward()                                    # line 19: L, eq. 5
             with torch.no_grad():
                 now = {"ce": ce, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
@@ -124,6 +131,12 @@ def train(args, gate, device, dtype, out):
                 if gate is not None:
                     now["scores"] = torch.stack(trace.scores).where(trace.valid, 0.0).sum()
                 sums |= {key: sums[key] + value.float() for key, value in now.items()}
+                if quantile:
+                    seen.append((torch.stack(trace.scores).flatten(1), trace.valid.flatten()))
+        if quantile:
+            quantile.update(*(torch.cat(x, -1) for x in zip(*seen)))
+        for p in trained.values():                               # a branch that nobody passed has none: as in masked
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), TABLE_15["clip"])
         # the loop's only wait for the device; compact waits once a branch too
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
@@ -140,7 +153,8 @@ def train(args, gate, device, dtype, out):
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {row['ce']:.3f}" + (
             f" gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}" if gate else ""))
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps or came:
-            saved = save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings)
+            saved = save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings,
+                                    quantile and quantile.points)
         if came:
             break
     bar.close()
@@ -152,7 +166,7 @@ def train(args, gate, device, dtype, out):
         return 128 + came[0]
 
     plot_metrics(out)
-    finish(model.eval(), args, sets, saved)
+    finish(model.eval(), args, sets, saved, quantile)
     print(f"\nsaved in {out}; try: python generate.py --model {out} --show-compute --question \"...\"")
     return 0
 
@@ -192,7 +206,8 @@ def open_model(args, gate, device, dtype):
         raise InputError(f"--skip {args.skip} lets nobody skip in a model of {config.num_hidden_layers} layer")
     if gate is not None:                                         # an old calibration would not fit the weights to come
         config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
-                               schedule=args.schedule)
+                               schedule=args.schedule, threshold=args.threshold, sparsity_cost=args.sparsity_cost,
+                               gate_lr_scale=args.gate_lr_scale)
     return model, tokenizer
 
 
@@ -200,71 +215,6 @@ def say_sizes(model, trained, where):
     gates = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {gates:,} of them gates; "
           f"{sum(p.numel() for p in trained):,} are trained; {where}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# After the loop: thresholds, and what each budget costs
-# ---------------------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def evaluate(model, items, policy):
-    """(answer loss, token accuracy, savings report) of teacher-forced items, in compact mode."""
-    device, savings, loss, right, count = next(model.parameters()).device, Savings(model.config), 0.0, 0, 0
-    for chunk in chunks(items, length=lambda item: len(item[0])):
-        input_ids, loss_mask, valid = collate(chunk)                                 # (B, S) each
-        places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))
-        logits, trace = model(input_ids.to(device), valid=None if valid.all() else valid.to(device), policy=policy,
-                              compute="compact", places=places)                      # (N, V)
-        loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
-        right += (logits.argmax(-1) == targets).sum().item()
-        count += len(targets)
-        savings.add(trace)
-    return loss / count, right / count, savings.report()
-
-
-def prompt_of(item):
-    """The part of an item that the model is to continue: up to the answer, or half of a plain text."""
-    ids, mask = item
-    start = mask.index(True)
-    return ids[:start] if start > 1 else ids[:max(1, len(ids) // 2)]
-
-
-def finish(model, args, sets, folder):
-    """Calibrate, store the thresholds in the last step's folder, and print what each budget costs."""
-    config = model.config
-    budgets = [1.0]
-    if config.gate is not None:
-        def realised(policy, items=sets["calibration"]):         # the share skipped of what the model continues
-            savings, prompts = Savings(config), [prompt_of(item) for item in items]
-            room = config.max_position_embeddings - max(map(len, prompts))
-            for chunk in chunks(prompts):
-                savings += generate(model, chunk, min(CONTINUE, room), policy, set(config.eos_ids)).savings
-            return savings.report()["skipped"]
-
-        asked = args.calibrate or (*BUDGETS, args.budget_end)
-        budgets += sorted({b for b in asked if args.budget_end <= b < 1.0}, reverse=True)
-        print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
-        sequences = [ids for ids, _ in sets["calibration"]]
-        config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, realised), step=args.steps)
-        save_config(model, folder)
-        checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
-        share = skippable_share(args.skip, config.num_hidden_layers)
-        print("skipped on a second held-out set, asked -> realised: "
-              + ", ".join(f"{(1 - b) * share:.1%} -> {x:.1%}" for b, x in checked.items()))
-
-    print(f"\n{len(sets['eval'])} held-out problems, answers given and not generated"
-          + (", thresholds frozen\n" if config.gate is not None else "\n"))
-    print("budget   answer loss   token accuracy   skipped   per call   macs_saved   answer loss, random skipping")
-    for budget in budgets:
-        loss, accuracy, saved = evaluate(model, sets["eval"], make_policy(config, "frozen", budget))
-        row = (f"{budget:6.3f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   "
-               f"{saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}")
-        if budget < 1.0:
-            share = saved["skipped"] / skippable_share(args.skip, config.num_hidden_layers)
-            chance = SkipPolicy("random", max(1.0 - share, 1e-3), args.skip, args.kv,
-                                generator=torch.Generator().manual_seed(args.seed))
-            row += f"   {evaluate(model, sets['eval'], chance)[0]:11.4f}"
-        print(row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +257,10 @@ def parse_args(argv):
     add("--schedule", choices=("linear", "uniform"), help="budget: Algorithm 1's decay, or drawn anew each step")
     add("--budget-start", type=check_budget, help="share of tokens that a branch keeps at first")
     add("--budget-end", type=check_budget, help="and at last; uniform draws between the two")
+    add("--threshold", choices=("branch", "global"), default="branch",
+        help="a quantile per branch (the paper), or one threshold for all branches (ours)")
+    add("--sparsity-cost", choices=("equal", "macs"), default="equal", help="what a branch weighs in the sparsity loss")
+    add("--gate-lr-scale", type=real(0.0, above=True), default=1.0, help="the gates' learning rate over the backbone's")
     add("--sparsity-weight", type=real(0.0), help="lambda")
     add("--sparsity-loss", choices=SPARSITY_LOSSES, help="mean of g^2, mean of g, eq. 4, or towards the budget")
     add("--gate", choices=(*FORMS, "none"), default="vector", help="none: plain fine-tuning of the dense model")
@@ -342,6 +296,8 @@ def parse_args(argv):
         raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
     if args.data is None:
         raise InputError("--data is missing: a .jsonl, .parquet or .txt file, or the word arithmetic")
+    if args.threshold == "global" and args.gate == "none":
+        raise InputError("--threshold global with --gate none: without gates there is no score to hold against it")
     if args.freeze_backbone and args.gate == "none":
         raise InputError("--freeze-backbone with --gate none leaves nothing to train")
     if args.compile and args.compute == "compact":

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import budgets
 import checkpoint
 import load_weights
 import train
@@ -688,7 +689,7 @@ def test_of_two_processes_one_runs(start, tmp_path):
 
 def test_the_lock_holds_to_the_end(folder, tmp_path, monkeypatch):
     """A second run that starts while the first one calibrates, and is saved over; a lock that a failed run keeps."""
-    def finish(model, args, sets, step):
+    def finish(model, args, sets, step, quantile):
         with pytest.raises(InputError, match=f"is being written by process {os.getpid()} on"):
             run(folder, tmp_path / "run", "--overwrite")
         raise Killed
@@ -701,13 +702,13 @@ def test_the_lock_holds_to_the_end(folder, tmp_path, monkeypatch):
 
 def test_thresholds_go_into_their_own_step(folder, unbroken, tmp_path, monkeypatch):
     """Thresholds that are written into whatever `latest` names by the time that they are ready."""
-    real, out = train.calibrate, tmp_path / "run"
+    real, out = budgets.calibrate, tmp_path / "run"
 
     def calibrate(*args, **how):
         (out / "step-000099").mkdir()
         (out / "latest").write_text("step-000099\n")
         return real(*args, **how)
-    monkeypatch.setattr(train, "calibrate", calibrate)
+    monkeypatch.setattr(budgets, "calibrate", calibrate)
     assert run(folder, out, **SCHEDULES["linear"]) == 0
     assert list((out / "step-000099").iterdir()) == []
     same_bits(read_json(out / "step-000006" / "config.json"), read_json(last(unbroken["linear"]) / "config.json"))

@@ -60,8 +60,8 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "3/4"))]
     replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 3/4"]
     asked, savings = [], []
-    for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550), "answer": (35, 40, 0.7, 3, 400, 450)},  # kept, pairs, shares
-                  {"prompt": (210, 300, 0.7, 1, 2500, 3000)}):                                   # of calls, calls, MACs
+    for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550, 50), "answer": (35, 40, 0.7, 3, 400, 450, 30)},
+                  {"prompt": (210, 300, 0.7, 1, 2500, 3000, 200)}):  # kept, pairs, shares of calls, calls, MACs, work
         savings.append(Savings(None))
         savings[-1].sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in parts.items()}
 

@@ -20,7 +20,7 @@ from gates import GateConfig, SkipPolicy
 from generate import COLOURS, GLYPHS, Generation, Sampling, generate, legend, main, shade
 from load_weights import load_model, load_tokenizer, save_model
 from problems import arithmetic
-from savings import count_macs, savings_line
+from savings import branch_costs, count_macs, savings_line
 from test_tokens import around, llama2
 from thresholds import calibrate, make_policy
 from tokens import encode
@@ -216,18 +216,20 @@ def test_batch_policy_skips_nothing_in_a_single_stream():
 
 def recount(config, traces):
     """Savings.report() of traces, by a plain loop."""
-    pairs = skipped = macs = macs_dense = 0
+    pairs = skipped = work = macs = macs_dense = 0
     shares = []
     for trace in traces:
-        for keep in trace.keep:
+        for keep, cost in zip(trace.keep, branch_costs(config)):
             real = [k for keeps, valids in zip(keep.tolist(), trace.valid.tolist()) for k, v in zip(keeps, valids) if v]
             pairs, skipped = pairs + len(real), skipped + real.count(False)
             shares.append(real.count(False) / len(real))
+            work += cost * real.count(False)
         keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)
         macs += count_macs(config, keep, trace.valid, **sizes, gate=config.gate).item()
         macs_dense += count_macs(config, trace.valid.expand_as(keep), trace.valid, **sizes).item()
-    return {"skipped": skipped / pairs, "skipped_per_call": sum(shares) / len(shares), "calls": len(traces),
-            "pairs": pairs, "macs": macs, "macs_dense": macs_dense, "macs_saved": 1 - macs / macs_dense}
+    return {"skipped": skipped / pairs, "skipped_per_call": sum(shares) / len(shares), "work_skipped": work / pairs,
+            "calls": len(traces), "pairs": pairs, "macs": macs, "macs_dense": macs_dense,
+            "macs_saved": 1 - macs / macs_dense}
 
 
 def test_savings_are_recounted_by_a_plain_loop(monkeypatch):

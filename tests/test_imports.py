@@ -15,14 +15,15 @@ ALLOWED = {
     "by_hand": {"console", "decoder_by_hand"},
     "gates": {"console", "linear"}, "model": {"console", "gates", "rows", "linear"}, "savings": {"model", "gates"},
     "disk": {"console"}, "tokens": {"console"}, "problems": {"console"}, "read_data": {"console", "problems"},
-    "thresholds": {"console", "gates"}, "read_config": {"console", "gates", "model"},
+    "thresholds": {"console", "gates"}, "price": {"gates"}, "read_config": {"console", "gates", "model"},
     "load_weights": {"console", "disk", "gates", "model", "read_config", "tokens"},
     "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
     "metrics": {"console", "disk"}, "checkpoint": {"console", "disk", "load_weights", "metrics"},
     "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds", "tokens"},
+    "budgets": {"data", "gates", "generate", "load_weights", "savings", "thresholds"},
     "answers": {"console", "data", "tokens"}, "sweep": {"console", "disk", "load_weights"},
 }
-TORCH_ONLY = ("by_hand", "decoder_by_hand", "linear", "gates", "rows", "model", "savings", "thresholds")
+TORCH_ONLY = ("by_hand", "decoder_by_hand", "linear", "gates", "rows", "model", "savings", "thresholds", "price")
 
 
 def imports(tree, everywhere=False):

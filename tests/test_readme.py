@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 import bench
+import budgets
 import by_hand
 import data
 import eval_gsm8k
@@ -56,9 +57,9 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
     monkeypatch.setattr(bench, "bench_peer", lambda *_: [])      # transformers is no dependency
     monkeypatch.setattr(bench, "STEPS", 2)
-    monkeypatch.setattr(train, "BUDGETS", (0.8,))
+    monkeypatch.setattr(budgets, "BUDGETS", (0.8,))
     monkeypatch.setattr(train, "HELD_OUT", 4)
-    monkeypatch.setattr(train, "CONTINUE", 4)
+    monkeypatch.setattr(budgets, "CONTINUE", 4)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import budgets
 import checkpoint
 import console
 import train
@@ -72,10 +73,11 @@ def test_what_another_has_taken_over_is_left_alone(folder, tmp_path, monkeypatch
         real = lambda: None
         at_step(monkeypatch, when, take_over)
     else:
-        real = train.plot_metrics if when == "plot_metrics" else getattr(train, when)
+        owner = budgets if when == "calibrate" else train
+        real = getattr(owner, when)
         if when == "plot_metrics":
             real = lambda out: checkpoint.write(out / "metrics.png", b"a picture")
-        monkeypatch.setattr(train, when, take_over)
+        monkeypatch.setattr(owner, when, take_over)
     with pytest.raises(InputError, match=f"^{out} was deleted or taken over while this process worked in it"):
         run(folder, out)
     kept = {name: bits for name, bits in content(out).items() if name != "metrics.jsonl"}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import budgets
 import data
 import load_weights
 import thresholds
@@ -453,9 +454,9 @@ def test_no_update_from_a_loss_or_gradient_that_is_no_number(folder, tmp_path, m
 
 def test_a_prompt_is_what_comes_before_the_answer():
     """A calibration that continues behind the answer, or an empty prompt for plain text."""
-    assert train.prompt_of(([5, 6, 7, 8, 9], [False, False, False, True, True])) == [5, 6, 7]
-    assert train.prompt_of(([5, 6, 7, 8, 9], [False, True, True, True, True])) == [5, 6]
-    assert train.prompt_of(([5, 6], [False, True])) == [5]
+    assert budgets.prompt_of(([5, 6, 7, 8, 9], [False, False, False, True, True])) == [5, 6, 7]
+    assert budgets.prompt_of(([5, 6, 7, 8, 9], [False, True, True, True, True])) == [5, 6]
+    assert budgets.prompt_of(([5, 6], [False, True])) == [5]
 
 
 def test_evaluate_by_hand(folder, monkeypatch):
@@ -465,8 +466,8 @@ def test_evaluate_by_hand(folder, monkeypatch):
     model = load_model(folder)
     with torch.no_grad():
         model.model["embed_tokens"].weight[1] *= 30              # answers it is sure of, some of them right
-    monkeypatch.setattr(train, "chunks", lambda *how, **more: thresholds.chunks(*how, **more, tokens=120))
-    loss, accuracy, savings = train.evaluate(model, items, SkipPolicy())
+    monkeypatch.setattr(budgets, "chunks", lambda *how, **more: thresholds.chunks(*how, **more, tokens=120))
+    loss, accuracy, savings = budgets.evaluate(model, items, SkipPolicy())
     losses, right = [], []
     for ids, mask in items:
         logits = model(torch.tensor([ids]))[0][0].log_softmax(-1)
@@ -523,8 +524,8 @@ def test_calibration_fits_into_the_models_positions(folder, tmp_path, monkeypatc
         shutil.copy(folder / name, tmp_path / "model")
     config = read_json(folder / "config.json") | {"max_position_embeddings": 160}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(train, "CONTINUE", 96)
-    monkeypatch.setattr(train, "BUDGETS", ())
+    monkeypatch.setattr(budgets, "CONTINUE", 96)
+    monkeypatch.setattr(budgets, "BUDGETS", ())
     assert run(tmp_path / "model", tmp_path / "run", steps=1) == 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import budgets
 import train
 from gates import budget_at
 from load_weights import load_tokenizer, new_model, read_json, save_model
@@ -39,7 +40,9 @@ def words(*switches, **flags):
 FLAGS = dict(data="arithmetic", steps=6, batch_size=2, seq_len=160, lr=1e-3, warmup=2, save_every=2, eval_limit=4,
              device="cpu")
 SCHEDULES = {"linear": dict(schedule="linear", grad_accum=2),
-             "uniform": dict(schedule="uniform", budget_end=0.7, gate="scalar")}
+             "uniform": dict(schedule="uniform", budget_end=0.7, gate="scalar"),
+             "global": dict(schedule="uniform", budget_end=0.7, gate="scalar", threshold="global", compute="compact",
+                            sparsity_cost="macs", gate_lr_scale=10)}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,10 @@ def folder(tmp_path_factory):
     model, tokenizer = toy(path)
     save_model(model, path, tokenizer)
     with pytest.MonkeyPatch.context() as m:
-        for name, value in dict(BUDGETS=(0.9,), HELD_OUT=3, CONTINUE=4, plot_metrics=lambda out: None).items():
-            m.setattr(train, name, value)
+        m.setattr(budgets, "BUDGETS", (0.9,))
+        m.setattr(budgets, "CONTINUE", 4)
+        m.setattr(train, "HELD_OUT", 3)
+        m.setattr(train, "plot_metrics", lambda out: None)
         yield path
 
 
