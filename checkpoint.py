@@ -16,6 +16,7 @@ from console import InputError
 
 import torch
 
+from adam_state import restore
 from disk import check_held, only_one, rename, sync, sync_tree, write
 from load_weights import SAVED, checksums, find_folder, save_model
 from metrics import metrics_lines
@@ -204,41 +205,11 @@ def start_run(out, state, folder, optimizer):
     if state is None:
         alone = os.listdir(out) == [".lock"]
         return open(out / ("metrics.jsonl" if alone else "metrics.jsonl.tmp"), "w", encoding="utf-8")
-    resume_optimizer(optimizer, state, folder)
-    _delete(out, STEP, but=[folder.name])
-    write(out / "metrics.jsonl", "".join(line + "\n" for line in metrics_lines(out)[:state["step"]]))
-    return open(out / "metrics.jsonl", "a", encoding="utf-8")
-
-
-def resume_optimizer(optimizer, state, folder):
-    """Put the saved optimizer and random state back. InputError unless they fit: load_state_dict compares nothing."""
     try:
-        _check_fit(optimizer, state["optimizer"], state["step"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        restore(optimizer, state)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"--resume: {folder / 'train_state.pt'} is not of this run ({' '.join(str(error).split())}); "
                          f"{WAY_OUT.format(folder)}") from None
-
-
-def _check_fit(optimizer, saved, step):
-    """ValueError, or what comes of other types, unless the saved state can be this optimizer's after `step` updates."""
-    pairs = list(zip(optimizer.param_groups, saved["param_groups"], strict=True))
-    trained = [named for group, _ in pairs for named in zip(group["param_names"], group["params"])]
-    places = [place for _, was in pairs for place in was["params"]]
-    if not places == list(saved["state"]) == list(range(len(trained))) or any(
-            was.get("param_names", group["param_names"]) != group["param_names"] for group, was in pairs):
-        raise ValueError("it is of other parameters")            # older versions stored no names
-    for group, was in pairs:
-        for key in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
-            if was[key] != group[key]:
-                raise ValueError(f"{key} was {was[key]} and is {group[key]}")
-    for (name, p), entry in zip(trained, saved["state"].values()):
-        if entry["step"].item() != step:
-            raise ValueError(f"{name} has had {entry['step'].item()} updates, not {step}")
-        for key in ("exp_avg", "exp_avg_sq"):
-            if (entry[key].shape, entry[key].dtype) != (p.shape, p.dtype):
-                raise ValueError(f"{key} of {name} has another shape or dtype")
-            low, high = (value.item() for value in entry[key].aminmax())
-            if not -torch.inf < low <= high < torch.inf or key == "exp_avg_sq" and low < 0:
-                raise ValueError(f"{key} of {name} reaches from {low} to {high}")
+    _delete(out, STEP, but=[folder.name])
+    write(out / "metrics.jsonl", "".join(line + "\n" for line in metrics_lines(out)[:state["step"]]))
+    return open(out / "metrics.jsonl", "a", encoding="utf-8")

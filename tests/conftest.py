@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from console import InputError
 from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig
 from rows import KVCache
@@ -172,3 +173,12 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 families = pytest.mark.parametrize("family", [llama, gemma])
 both_kv = pytest.mark.parametrize("kv", ["copy_up", "dense"])
 both_ways = pytest.mark.parametrize("compute", ["masked", "compact"])
+
+
+def complaint(call, *args, **kwargs):
+    """The message of the InputError that a call ends in: one line, not endless."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600
+    return text

@@ -210,6 +210,20 @@ def names(out):
     return sorted(p.name for p in out.iterdir())
 
 
+def killed_at_each_instant(base, place, monkeypatch, action):
+    """(how many, folder): copies of base, action(copy) killed at its first write, its second, ..., up to its last."""
+    for instant in count():
+        out = place / str(instant)
+        shutil.copytree(base, out)
+        with monkeypatch.context() as m:
+            dying(m, instant)
+            try:
+                return action(out)
+            except Killed:
+                pass
+        yield instant + 1, out
+
+
 OLD, NEW = 11, 12                                                # what the weights are filled with
 
 
@@ -226,16 +240,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(saver, tmp_path, mo
     if overwrites:                                               # another run with steps of the same names
         (base / "eval.json").write_text("{}")
         (base / "metrics.jsonl.tmp").write_text(some_lines(step, 2.0))
-    for instant in count():
-        out = tmp_path / str(instant)
-        shutil.copytree(base, out)
-        with monkeypatch.context() as m:
-            dying(m, instant)
-            try:
-                save(out, step, NEW)
-                break                                            # it never came to this instant
-            except Killed:
-                pass
+    for instants, out in killed_at_each_instant(base, tmp_path, monkeypatch, lambda out: save(out, step, NEW)):
         found, kept = resumed(out, optimizer), load_model(out).lm_head.weight.unique().item()
         assert found["optimizer"]["state"][0]["exp_avg"].unique().item() == kept
         assert found["step"] == {OLD: 2, NEW: step}[kept]
@@ -246,7 +251,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_a_good_state(saver, tmp_path, mo
         left.add(kept)
         save(out, 6)
         assert names(out) == [".lock", *evaluated, "latest", "metrics.jsonl", "step-000006"]
-    assert left == {OLD, NEW} and instant > 20
+    assert left == {OLD, NEW} and instants > 20
 
 
 def test_a_kill_while_an_overwritten_run_comes_back(saver, tmp_path, monkeypatch):
@@ -261,19 +266,10 @@ def test_a_kill_while_an_overwritten_run_comes_back(saver, tmp_path, monkeypatch
     checkpoint._set_aside(base)
     (base / "metrics.jsonl").write_text(some_lines(4, 2.0))
     shutil.copytree(base / ".overwritten" / "step-000002", base / "step-000002")
-    for instant in count():
-        out = tmp_path / str(instant)
-        shutil.copytree(base, out)
-        with monkeypatch.context() as m:
-            dying(m, instant)
-            try:
-                checkpoint._end_overwrite(out)
-                break
-            except Killed:
-                pass
+    for instants, out in killed_at_each_instant(base, tmp_path, monkeypatch, checkpoint._end_overwrite):
         assert resumed(out, optimizer)["step"] == 2 and (out / "metrics.jsonl").read_text() == some_lines(2)
         assert names(out) == [".lock", "eval.json", "latest", "metrics.jsonl", "step-000002"]
-    assert instant == 10
+    assert instants == 10
 
 
 def test_what_is_on_the_disk_before_what(saver, tmp_path, monkeypatch):
@@ -478,17 +474,22 @@ def test_a_random_state_that_is_none(folder, unbroken, tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on(folder, unbroken, tmp_path, monkeypatch):
-    """Names and digests that were not stored yet, demanded all the same: no run from before can be resumed."""
+    """Names, digests, sums or flags that were not stored yet, demanded all the same: no run from before resumes."""
     at_step(monkeypatch, 5, kill)
     with pytest.raises(Killed):
         run(folder, tmp_path / "run", **SCHEDULES["linear"])
     path = last(tmp_path / "run") / "train_state.pt"
     stored = torch.load(path, weights_only=True)
-    del stored["settings"]["digests"], stored["optimizer"]["param_groups"][0]["param_names"]
+    for newer in ("digests", "threshold", "sparsity_cost", "gate_lr_scale"):
+        del stored["settings"][newer]
+    (group,) = stored["optimizer"]["param_groups"]
+    del group["param_names"], group["scale"], stored["sums"], stored["quantile"]
     torch.save(stored, path)
     undisturbed(monkeypatch)
     assert run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
+    resumed_state = state(tmp_path / "run")
+    resumed_state["train"]["optimizer"]["param_groups"][0]["scale"] = 1.0
+    same_bits(resumed_state, state(unbroken["linear"]))
 
 
 def some_data(tmp_path):

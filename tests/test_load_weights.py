@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import load_weights
-from console import InputError
+from conftest import complaint
 from gates import GateConfig
 from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json,
                           save_config, save_model, weight_files)
@@ -49,15 +49,6 @@ def change_weights(folder, change, file="model.safetensors"):
 def on_disk(folder):
     """All tensors of a golden checkpoint, read without the code under test."""
     return {k: t for file in sorted(folder.glob("model*.safetensors")) for k, t in load_file(file).items()}
-
-
-def complaint(call, *args, **kwargs):
-    """The message of the InputError that a call ends in: one line, not endless."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 600
-    return text
 
 
 def tokenizer():

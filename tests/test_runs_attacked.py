@@ -23,8 +23,7 @@ import train
 from checkpoint import metrics_lines
 from console import InputError
 from load_weights import find_folder, read_json
-from toy_runs import (FLAGS, ROOT, SCHEDULES, Killed, at_step, folder, kill, last, metrics, run, same_bits, state,
-                      unbroken, undisturbed, words)
+from toy_runs import FLAGS, ROOT, SCHEDULES, Killed, at_step, folder, last, metrics, run, unbroken, undisturbed, words
 
 
 def content(out):
@@ -131,20 +130,6 @@ def test_an_older_state_in_a_newer_step(folder, copy, tmp_path):
     shutil.copy(last(tmp_path / "other") / "train_state.pt", last(copy))
     with pytest.raises(InputError, match="train_state.pt is of step 4, not of step-000006: a new run can start"):
         run(folder, copy, "--resume", **SCHEDULES["linear"] | dict(steps=4))
-
-
-def test_a_step_without_check_sums_goes_on(folder, unbroken, tmp_path, monkeypatch):
-    """Sums that older versions did not store, demanded all the same."""
-    at_step(monkeypatch, 5, kill)
-    with pytest.raises(Killed):
-        run(folder, tmp_path / "run", **SCHEDULES["linear"])
-    path = last(tmp_path / "run") / "train_state.pt"
-    stored = torch.load(path, weights_only=True)
-    stored.pop("sums", None)
-    torch.save(stored, path)
-    undisturbed(monkeypatch)
-    assert run(folder, tmp_path / "run", "--resume", **SCHEDULES["linear"]) == 0
-    same_bits(state(tmp_path / "run"), state(unbroken["linear"]))
 
 
 # Somebody's own files.

@@ -5,18 +5,9 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-from console import InputError
+from conftest import complaint
 from data import make_tokenizer
 from tokens import chat_template, continuation, decode, encode, pieces
-
-
-def complaint(call, *args, **kwargs):
-    """The message of the InputError that a call ends in: one line, not endless."""
-    with pytest.raises(InputError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and len(text) < 600
-    return text
 
 
 @pytest.fixture(scope="module")
