@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from branches import parts_of, show
 from data import answer_places, collate
 from gates import SkipPolicy, skippable_share
 from generate import generate
@@ -38,7 +39,9 @@ def prompt_of(item):
 
 
 def finish(model, args, sets, folder, quantile=None):
-    """Calibrate, store the thresholds in the last step's folder, and print what each budget costs."""
+    """Calibrate, store the thresholds in the last step's folder, and print what each budget costs.
+
+    With --show-branches also what each branch gets."""
     config, budgets = model.config, [1.0]
     measure, share = "skipped", skippable_share(args.skip, config.num_hidden_layers)
     if quantile is not None:
@@ -65,12 +68,16 @@ def finish(model, args, sets, folder, quantile=None):
     print(f"\n{len(sets['eval'])} held-out problems, answers given and not generated"
           + (", thresholds frozen\n" if config.gate is not None else "\n"))
     print("budget   answer loss   token accuracy   skipped   per call   macs_saved   answer loss, random skipping")
+    kept = {}                                                    # budget -> what each branch ran
     for budget in budgets:
         loss, accuracy, saved = evaluate(model, sets["eval"], make_policy(config, "frozen", budget))
+        kept[budget] = parts_of(saved)
         row = (f"{budget:6.3f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   "
                f"{saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}")
         if budget < 1.0:
-            chance = SkipPolicy("random", max(1.0 - saved[measure] / share, 1e-3), args.skip, args.kv,
+            chance = SkipPolicy("random", min(max(1.0 - saved[measure] / share, 1e-3), 1.0), args.skip, args.kv,
                                 generator=torch.Generator().manual_seed(args.seed))
             row += f"   {evaluate(model, sets['eval'], chance)[0]:11.4f}"
         print(row)
+    if args.show_branches is not None:
+        show("answers given and not generated", kept, args.show_branches)

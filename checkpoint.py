@@ -145,7 +145,7 @@ def open_run(args, settings):
     there = sorted(path.name for path in out.iterdir() if path.name != ".lock")
     if there and not args.overwrite:
         raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
-    for flag in ("model", "init_config", "data", "eval_data"):
+    for flag in ("model", "init_config", "data", "eval_data", "teacher"):
         value = getattr(args, flag)
         if there and value and out.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
             raise InputError(f"--overwrite would delete --{flag.replace('_', '-')} {value}, which lies in --out "
@@ -169,7 +169,8 @@ def _resume(out, settings):
         with zipfile.ZipFile(path) as parts:                     # torch compares no sums, and leaves "folders" unread
             whole = parts.testzip() is None and not any(part.external_attr for part in parts.infolist())
         state = torch.load(path, weights_only=True, map_location="cpu") if whole else {}
-        was = {"threshold": "branch", "sparsity_cost": "equal", "gate_lr_scale": 1.0, **state["settings"]}   # new flags
+        was = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0, teacher=None, distill_weight=None)
+        was |= state["settings"]                                 # older versions had fewer flags
         step, sums = int(state["step"]), dict(state.get("sums", {}))
     except Exception as error:  # zipfile's, pickle's and torch's are of many kinds
         if isinstance(error, MemoryError) or "allocate memory" in str(error):

@@ -9,12 +9,14 @@ problems, which need no download. `python data.py` shows some; `python data.py -
 """
 import hashlib
 import random
+import subprocess
+import sys
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
 from console import InputError, run
-from flags import Parser, seed_number, whole
+from flags import Parser, add_machine_flags, real, seed_number, whole
 
 import torch
 
@@ -196,14 +198,34 @@ def make_tokenizer():
     return train_tokenizer(prompt_text(p.question) + target_text(p.reasoning, p.answer) for p in arithmetic(4_000))
 
 
-def main(argv=None):
-    p = Parser("Show examples as the model sees them, or write the built-in tokenizer.")
-    p.add_argument("--data", default="arithmetic", help="arithmetic, or a .jsonl, .parquet or .txt file")
-    p.add_argument("--split", default="train", choices=SPLITS, help="of the arithmetic problems")
-    p.add_argument("--n", type=whole(1), default=3, help="how many")
-    p.add_argument("--seed", type=seed_number, default=0, help="of the arithmetic problems")
-    p.add_argument("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
+def parse_args(argv):
+    p = Parser("Show examples as the model sees them, write the built-in tokenizer, or let a model write texts.")
+    add = p.add_argument
+    add("--data", default="arithmetic", help="arithmetic, or a .jsonl, .parquet or .txt file")
+    add("--split", default="train", choices=SPLITS, help="of the arithmetic problems")
+    add("--n", type=whole(1), default=3, help="how many")
+    add("--seed", type=seed_number, default=0, help="of the arithmetic problems, and of the texts")
+    add("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
+    add("--write-with", metavar="MODEL", help="folder, a run's --out, or hub id: let it write --n texts into --out")
+    add("--out", metavar="FILE", help="a .jsonl file for --data; the same command goes on with what is there")
+    add("--prompts", metavar="FILE", help="as --data: documents to go on with, questions to answer; default: none")
+    add("--max-new-tokens", type=whole(1), default=256, help="of each text")
+    add("--batch-size", type=whole(1), default=16, help="texts that are written together")
+    add("--temperature", type=real(0.0), default=1.0, help="1 is the model's own distribution, 0 greedy")
+    add("--overwrite", action="store_true", help="replace the texts in --out")
+    add_machine_flags(p)
     args = p.parse_args(argv)
+    own = "out prompts max_new_tokens batch_size temperature overwrite device dtype".split()
+    for name in own if args.write_with is None else ("data", "split", "make_tokenizer"):
+        if getattr(args, name) != p.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} goes {'only' if name in own else 'not'} with --write-with")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.write_with is not None:                              # a program apart: its generate.py needs this file
+        return subprocess.call([sys.executable, Path(__file__).with_name("own_text.py"), *(argv or sys.argv[1:])])
     if args.make_tokenizer is not None:
         path = Path(args.make_tokenizer)
         if path.exists() and not path.is_file():
@@ -211,8 +233,7 @@ def main(argv=None):
         try:
             disk.write(path, make_tokenizer().to_str(pretty=True))
         except OSError as error:
-            raise InputError(f"--make-tokenizer {path}: {error.strerror}: give a file in a folder that is there and "
-                             "can be written") from None
+            raise InputError(f"--make-tokenizer {path}: {error.strerror}: give a file that can be written") from None
         return 0
     for example in load_examples(args.data, args.split, args.n, args.seed):
         text = example if isinstance(example, str) else prompt_text(example.question) + target_text(*example[1:])

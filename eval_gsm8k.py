@@ -18,14 +18,15 @@ from flags import Parser, add_machine_flags, seed_number, whole
 from tqdm import tqdm
 
 from answers import check_golds, extract_answer, is_right, normalise
+from branches import SHOW_BRANCHES, parts_of, show
 from checkpoint import STEP, held
 from data import encode_prompt, load_examples
 from disk import check_writable, write
 from gates import check_budget
 from generate import generate
-from load_weights import check_fit, find_folder, load_model, load_tokenizer
+from load_weights import check_fit, find_folder, load_model, load_tokenizer, model_digest
 from savings import Savings
-from sweep import TARGETS, add_row, check_compared, data_digest, model_digest, open_sweep, rows_of, wilson
+from sweep import TARGETS, add_row, check_compared, data_digest, open_sweep, rows_of, wilson
 from thresholds import make_policy
 from tokens import decode
 
@@ -52,6 +53,7 @@ def run_row(name, model, tokenizer, examples, policy, budget, args):
     return {"row": name, "policy": policy.kind, "budget": budget, "n": n, "accuracy": p, "low": low, "high": high,
             "stderr": (p * (1 - p) / n) ** 0.5, "flexible": flexible / n, "cut": cut, **three(saved),
             **{part: three(saved[part]) for part in ("prompt", "answer") if part in saved},
+            "branches": {part: [round(share, 4) for share in shares] for part, shares in parts_of(saved).items()},
             "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -99,6 +101,15 @@ def plot(rows, path):
     return True
 
 
+def show_branches(rows, path):
+    """What each branch got in the rows of the model itself, by budget; rows of an earlier version do not say."""
+    mine = sorted((r for r in rows if r["row"] in ("GateSkip", "model")), key=lambda r: -r["budget"])
+    if lack := [f"{r['row']} {r['budget']:g}" for r in mine if not r.get("branches")]:
+        print(f"\nno shares per branch in rows of an earlier version: {', '.join(lack)} (--overwrite measures anew)")
+    if kept := {r["budget"]: r["branches"] for r in mine if r.get("branches")}:
+        show(mine[0]["row"], kept, path)
+
+
 def parse_args(argv):
     p = Parser("Accuracy against compute saved.")
     add = p.add_argument
@@ -107,7 +118,7 @@ def parse_args(argv):
     add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
     add("--limit", type=whole(1), default=200, help="the first N problems")
     add("--budgets", type=check_budget, nargs="+",
-        help="default: 1.0 0.95 0.9 0.85 0.8 0.75, as far down as the model is calibrated")
+        help="default: those that the model is calibrated for; if it is not, 1.0 0.95 0.9 0.85 0.8 0.75")
     add("--policy", choices=("auto", "frozen", "batch", "topk"), default="auto",
         help="of the GateSkip row; batch depends on --batch-size")
     add("--batch-size", type=whole(1), default=100, help="problems that are generated together")
@@ -118,6 +129,7 @@ def parse_args(argv):
         "run's), else runs/eval")
     add("--overwrite", action="store_true", help="measure every row anew, in place of what eval.json holds")
     add("--seed", type=seed_number, default=0, help="of random skipping")
+    add("--show-branches", **SHOW_BRANCHES)
     add_machine_flags(p)
     return p.parse_args(argv)
 
@@ -125,8 +137,7 @@ def parse_args(argv):
 def plan_rows(args, device, dtype, tokenizer, model):
     """[(row name, model, policy, budget)], every policy made before the first row: what cannot be run is said now."""
     if args.budgets is None:
-        lowest = min(map(float, model.config.gateskip.get("thresholds", {"0": []})))
-        args.budgets = [b for b in BUDGETS if b >= lowest]
+        args.budgets = sorted({1.0, *map(float, model.config.gateskip.get("thresholds", BUDGETS))}, reverse=True)
     less = [b for b in args.budgets if b < 1.0]
     if model.config.gate:
         plan = [("GateSkip", model, args.policy, b) for b in args.budgets]
@@ -215,10 +226,13 @@ def evaluate(args, examples, out, others):
         raise
     if any(r["cut"] for r in rows):
         print(f"cut: how many answers had not ended after --max-new-tokens {args.max_new_tokens}; raise it")
-    print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS)
-          + "   skipped (linear between the rows above; - is outside them)")
-    for name, values in sweep["interpolated"].items():
-        print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
+    for what, interpolated in (("skipped", sweep["interpolated"]), ("MACs saved", sweep["interpolated_macs"])):
+        print("\naccuracy at exactly    " + "".join(f"{t:>7.0%}" for t in TARGETS)
+              + f"   {what} (linear between the rows above; - is outside them)")
+        for name, values in interpolated.items():
+            print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
+    if args.show_branches is not None:
+        show_branches(rows, args.show_branches)
     if others:                                                   # say whose rows are whose
         rows = [{**r, "row": f"GateSkip, {Path(args.model).name}"} if r["row"] == "GateSkip" else r for r in rows]
     drawn, left = plot(rows + others, out / "eval.png"), len(sweep["missing"])

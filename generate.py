@@ -15,6 +15,7 @@ from flags import Parser, add_machine_flags, real, seed_number, whole
 
 import torch
 
+from branches import SHOW_BRANCHES, parts_of, show
 from data import prompt_text
 from gates import GRANULARITIES, KV_OF_SKIPPED, check_budget
 from load_weights import check_fit, load_model, load_tokenizer
@@ -175,6 +176,7 @@ def parse_args(argv):
     add("--top-p", type=real(0.0, 1.0, above=True), default=1.0, help="1 is off")
     add("--seed", type=seed_number, default=0, help="of sampling and of random skipping")
     add("--show-compute", action="store_true", help="shade every token by the share of branches that ran for it")
+    add("--show-branches", **SHOW_BRANCHES)
     add_machine_flags(p)
     args = p.parse_args(argv)
     if not args.asked:
@@ -220,7 +222,10 @@ def main(argv=None):
             print(f"{texts[i]}{continuation(tokenizer, prompt, new)}")
     count = sum(map(len, result.tokens))
     print(f"\n{legend(colour)}" if args.show_compute else "")
-    print(f"{policy.kind}, budget {policy.budget}: {savings_line(result.savings.report(), args.compute)}")
+    report = result.savings.report()
+    print(f"{policy.kind}, budget {policy.budget}: {savings_line(report, args.compute)}")
+    if args.show_branches is not None:
+        show(policy.kind, {policy.budget: parts_of(report)}, args.show_branches)
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
     return 0
 

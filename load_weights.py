@@ -4,6 +4,7 @@ A checkpoint is a Hugging Face folder: config.json (theirs, plus a "gateskip" ob
 tokenizer.json. Parameter names are the same on both sides, so loading is a check and not a translation: every key is
 used, every parameter is filled, every shape is compared by name. What does not fit is an InputError of one line.
 """
+import hashlib
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ from tokens import blame
 # small files that belong to a model and travel with it unchanged
 SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SAVED = ("config.json", "model.safetensors", "tokenizer.json", *SIDE_FILES)      # what save_model writes
+WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "*.safetensors")       # what makes a model itself
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,3 +296,16 @@ def checksums(folder):
             while piece := file.read(1 << 20):
                 sums[path.name] = zlib.crc32(piece, sums[path.name])
     return sums | {"config.json": zlib.crc32(json.dumps(config, sort_keys=True).encode())}
+
+
+def model_digest(folder):
+    """Of all in a model's folder that may change an answer: 16 hex digits, the same for a copy. InputError for none."""
+    total, paths = hashlib.sha256(), [path for pattern in WEIGHTS for path in sorted(Path(folder).glob(pattern))]
+    if not paths:
+        raise InputError(f"no model lies there, or no longer: {folder}")
+    for path in paths:
+        total.update(path.name.encode())
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                total.update(piece)
+    return total.hexdigest()[:16]

@@ -94,7 +94,7 @@ class Savings:
     """
 
     def __init__(self, config):
-        self.config, self.sums = config, {}                      # part -> (7,) float64: the arguments of _numbers
+        self.config, self.sums = config, {}                      # part -> (7 + 2L,) float64: arguments of _numbers
         self.costs = None                                        # branch_costs (2L,), on the device
 
     def add(self, trace, part="all"):
@@ -105,6 +105,7 @@ class Savings:
         now = torch.stack([x.double() for x in (kept.sum(), n * len(kept), (1 - kept / n).mean(), torch.ones_like(n),
                                                 macs_of(self.config, trace), macs_of(self.config, trace, dense=True),
                                                 kept.double() @ self.costs)])
+        now = torch.cat([now, kept.double()])
         self.sums[part] = self.sums[part] + now if part in self.sums else now
 
     def __iadd__(self, other):
@@ -115,16 +116,17 @@ class Savings:
     def report(self):
         """dict of the three numbers (floats) and the sums behind them; where there are parts, also {part: such a dict}.
 
-        One host synchronisation.
+        "branches": 2L floats, the share of tokens that ran each branch. One host synchronisation.
         """
         parts = dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist()))
         report = self._numbers(*map(sum, zip(*parts.values())))
         return report | {part: self._numbers(*sums) for part, sums in parts.items() if part != "all"}
 
     @staticmethod
-    def _numbers(kept, pairs, per_call, calls, run, dense, work):
+    def _numbers(kept, pairs, per_call, calls, run, dense, work, *ran):
         return {"skipped": 1 - kept / pairs, "skipped_per_call": per_call / calls, "macs_saved": 1 - run / dense,
-                "work_skipped": 1 - work / pairs, "calls": int(calls), "pairs": pairs, "macs": run, "macs_dense": dense}
+                "work_skipped": 1 - work / pairs, "calls": int(calls), "pairs": pairs, "macs": run, "macs_dense": dense,
+                "branches": [n * len(ran) / pairs for n in ran]}
 
 
 def savings_line(saved, compute="compact"):

@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from branches import SHOW_BRANCHES
 from budgets import HELD_OUT, finish
 from checkpoint import held, open_run, save_checkpoint, start_run
 from data import answer_places, batch_at, collate, load_examples, load_sets
+from distill import kl_divergence, open_teacher
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
-from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, new_model, read_json)
+from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, model_digest, new_model,
+                          read_json)
 from metrics import add_line, plot_metrics
+from model import Model
 from read_data import digest
 from price import RunningQuantile
 from savings import SHAPES, branch_costs, memory_table
@@ -45,6 +49,11 @@ PRESETS = {
     "llama-3.2-3b": dict(model="meta-llama/Llama-3.2-3B", checkpoint_activations=True),
     "llama-3.1-8b": dict(model="meta-llama/Llama-3.1-8B", checkpoint_activations=True, freeze_backbone=True, lr=1e-4),
     "gemma-2-2b": dict(model="google/gemma-2-2b", checkpoint_activations=True),
+    # our recipe, for two CPU cores: one threshold for the whole model
+    "smollm2-135m": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", steps=1000, batch_size=2, seq_len=512, lr=3e-4,
+                         warmup=50, gate="scalar", threshold="global", sparsity_cost="macs", gate_lr_scale=30.0,
+                         sparsity_weight=1.0, schedule="uniform", budget_end=0.48, compute="compact",
+                         calibration_sequences=16),
 }
 
 
@@ -71,8 +80,12 @@ def train(args, gate, device, dtype, out):
     torch.manual_seed(args.seed)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     settings["digests"] = {flag: digest(getattr(args, flag)) for flag in ("data", "eval_data")}
+    if args.teacher:
+        settings["digests"]["teacher"] = model_digest(find_folder(args.teacher))
     state, saved = open_run(args, settings)                      # of the run to resume, and its folder; or None
     model, tokenizer = open_model(args, gate, device, dtype)
+    teacher = open_teacher(args.teacher, model, tokenizer) if args.teacher else None
+    alpha = args.distill_weight if teacher else 0.0
     sets = load_sets(args, tokenizer, model.config.eos_ids[0], HELD_OUT)
 
     # what is trained, and how
@@ -110,7 +123,7 @@ def train(args, gate, device, dtype, out):
 
         answer_tokens, tokens = sum(sum(mask) for _, mask in picked), sum(len(ids) for ids, _ in picked)
         seen = []                                                # scores (2L, B * S) and valid (B * S) for the quantile
-        sums = dict.fromkeys(("ce", "sparsity", "scores", "kept", "pairs"), torch.zeros((), device=device))
+        sums = dict.fromkeys(("ce", "kl", "sparsity", "scores", "kept", "pairs"), torch.zeros((), device=device))
         for start in range(0, len(picked), args.batch_size):
             part = picked[start:start + args.batch_size]
             input_ids, loss_mask, valid = collate(part)                                          # (B, S) each
@@ -120,13 +133,15 @@ def train(args, gate, device, dtype, out):
             logits, trace = forward(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,
                                     places=places, checkpoint_blocks=args.checkpoint_activations)        # (N, V)
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens       # line 17: L_CE, eq. 3
-            sparsity = ce.new_zeros(())
+            kl = sparsity = ce.new_zeros(())
+            if teacher:                                          # ours: what another model would have said
+                kl = kl_divergence(teacher, logits, input_ids.to(device), valid, places) / answer_tokens
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
                 sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b, costs)
-            (ce + args.sparsity_weight * sparsity).backward()                                    # line 19: L, eq. 5
+            ((1 - alpha) * ce + alpha * kl + args.sparsity_weight * sparsity).backward()         # line 19: L, eq. 5
             with torch.no_grad():
-                now = {"ce": ce, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
+                now = {"ce": ce, "kl": kl, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
                        "pairs": trace.valid.sum() * len(trace.keep)}
                 if gate is not None:
                     now["scores"] = torch.stack(trace.scores).where(trace.valid, 0.0).sum()
@@ -141,7 +156,8 @@ def train(args, gate, device, dtype, out):
         # the loop's only wait for the device; compact waits once a branch too
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
-        row = {"step": step, "loss": sums["ce"] + args.sparsity_weight * sums["sparsity"], "ce": sums["ce"],
+        loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + args.sparsity_weight * sums["sparsity"]
+        row = {"step": step, "loss": loss, "ce": sums["ce"], **({"kl": sums["kl"]} if teacher else {}),
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
                "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(row["loss"] + norm):                # before the update that would spoil the weights
@@ -222,7 +238,7 @@ def say_sizes(model, trained, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",           # flags that a resumed run may change
-                "eval_limit", "calibrate", "calibration_sequences")
+                "eval_limit", "calibrate", "calibration_sequences", "show_branches")
 
 
 def parse_args(argv):
@@ -261,6 +277,9 @@ def parse_args(argv):
         help="a quantile per branch (the paper), or one threshold for all branches (ours)")
     add("--sparsity-cost", choices=("equal", "macs"), default="equal", help="what a branch weighs in the sparsity loss")
     add("--gate-lr-scale", type=real(0.0, above=True), default=1.0, help="the gates' learning rate over the backbone's")
+    add("--teacher", metavar="MODEL", help="learn from this model's distribution too; it must share the tokenizer")
+    add("--distill-weight", type=real(0.0, 1.0), metavar="ALPHA",
+        help="(1 - ALPHA) CE + ALPHA KL(teacher || model); default with --teacher: 0.5")
     add("--sparsity-weight", type=real(0.0), help="lambda")
     add("--sparsity-loss", choices=SPARSITY_LOSSES, help="mean of g^2, mean of g, eq. 4, or towards the budget")
     add("--gate", choices=(*FORMS, "none"), default="vector", help="none: plain fine-tuning of the dense model")
@@ -274,6 +293,7 @@ def parse_args(argv):
     add("--skip", choices=GRANULARITIES, default="all", help="which branches may be skipped")
     add("--kv", choices=KV_OF_SKIPPED, default="copy_up", help="K and V of a skipped token")
     add("--freeze-backbone", action="store_true", help="train the gates only")
+    add("--show-branches", **SHOW_BRANCHES)
     # machine
     add("--compute", choices=("masked", "compact"), default="masked", help="run every row, or gather the kept rows")
     add("--checkpoint-activations", action="store_true", help="recompute blocks going backward: less memory, more time")
@@ -296,8 +316,22 @@ def parse_args(argv):
         raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
     if args.data is None:
         raise InputError("--data is missing: a .jsonl, .parquet or .txt file, or the word arithmetic")
-    if args.threshold == "global" and args.gate == "none":
-        raise InputError("--threshold global with --gate none: without gates there is no score to hold against it")
+    plain = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0)
+    for flag, value in plain.items() if args.gate == "none" else ():
+        if getattr(chosen, flag) != value:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} with --gate none: there are no gates")
+        setattr(args, flag, value)                               # a preset's
+    if args.threshold == "global" and args.budget_end == 1.0:
+        raise InputError("--threshold global with --budget-end 1.0: nobody skips, so no threshold is to be found")
+    if args.threshold == "global" and args.sparsity_loss == "kl":
+        raise InputError("--threshold global with --sparsity-loss kl, which pulls every branch to the same budget: "
+                         "take l2")
+    if args.kv == "dense" and args.skip == "mlp":
+        raise InputError("--kv dense with --skip mlp: nobody skips attention, so every K and V is computed anyway")
+    if args.distill_weight is not None and not args.teacher:
+        raise InputError(f"--distill-weight {args.distill_weight} without --teacher: there is nobody to learn from")
+    if args.teacher and args.distill_weight is None:
+        args.distill_weight = 0.5
     if args.freeze_backbone and args.gate == "none":
         raise InputError("--freeze-backbone with --gate none leaves nothing to train")
     if args.compile and args.compute == "compact":
@@ -315,24 +349,35 @@ def parse_args(argv):
     return args
 
 
+def config_of(source):
+    """The ModelConfig of a config.json, a folder or a preset's model, without asking the hub."""
+    path, shapes = Path(source), {preset["model"]: SHAPES[name] for name, preset in PRESETS.items() if name in SHAPES}
+    if path.is_dir():
+        path = find_folder(source) / "config.json"
+    elif not path.exists() and path.suffix != ".json":
+        if source in shapes:
+            return replace(shapes[source])                       # a copy: it may be about to get gates
+        raise InputError(f"--dry-run does not ask the hub for {source}: give a local folder or a --preset")
+    return config_from_hf(read_json(path), path)
+
+
 def dry_run(args, gate):
     """Say what would be trained on what, and the memory it takes on paper; touch neither network nor --out."""
     source = args.init_config or args.model
-    if args.init_config or Path(source).is_dir():
-        path = Path(args.init_config or find_folder(source) / "config.json")
-        config = config_from_hf(read_json(path), path)
-    elif args.preset in SHAPES and source == PRESETS[args.preset]["model"]:
-        config = replace(SHAPES[args.preset])                    # a copy: it is about to get gates
-    else:
-        raise InputError(f"--dry-run does not ask the hub for {source}: give a local folder or a --preset")
+    config = config_of(source)
     config.gate = gate or config.gate
     examples = load_examples(args.data, "train", None if args.data != "arithmetic" else 1000, args.seed)
     tokens = args.batch_size * args.seq_len
     print(f"{source}: {config.num_hidden_layers} layers of width {config.hidden_size}, gate {gate or 'none'}")
     print(f"data {args.data}: " + ("made as needed" if args.data == "arithmetic" else f"{len(examples)} examples"))
     print(f"{args.steps} steps of {args.grad_accum} x {args.batch_size} sequences up to {args.seq_len} tokens, "
-          f"lr {args.lr}, budget {args.budget_start} -> {args.budget_end} ({args.schedule})")
+          f"lr {args.lr}, budget {args.budget_start} -> {args.budget_end} ({args.schedule})"
+          + ", one threshold for all branches" * (args.threshold == "global"))
     print("\n".join(memory_table(config, tokens, args.freeze_backbone, args.checkpoint_activations)))
+    if args.teacher:
+        with torch.device("meta"):
+            weights = 4 * sum(p.numel() for p in Model(config_of(args.teacher)).parameters())
+        print(f"and the teacher's weights, {weights / 1e9:.1f}, and its logits, as large as the model's")
     return 0
 
 

@@ -371,7 +371,8 @@ def test_the_tokenizer_is_written_in_one_step(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path, capsys):
-    """A --help that crashes, samples in another form than the model's, bad input that is a traceback or a success."""
+    """A --help that crashes, samples in another form than the model's, bad input that is a traceback or a success,
+    flags that are ignored."""
     def run(*args):
         with pytest.raises(SystemExit) as stop:
             console.run(lambda: data.main([str(arg) for arg in args]))
@@ -381,6 +382,14 @@ def test_command_line(tmp_path, capsys):
     assert run("--data", write(tmp_path / "a.jsonl", {"text": "A document."})) == (0, "A document.\n\n")
     for flag, value, told in (("--data", tmp_path / "none.jsonl", f"{tmp_path}/none.jsonl: cannot be read"),
                               ("--make-tokenizer", tmp_path / "no" / "t.json", "--make-tokenizer"), ("--n", 0, "--n"),
-                              ("--split", "validation", "--split")):
+                              ("--split", "validation", "--split"),
+                              *((flag, value, f"{flag} goes only with --write-with") for flag, value in (
+                                  ("--out", "a.jsonl"), ("--prompts", "a.txt"), ("--max-new-tokens", 9),
+                                  ("--batch-size", 9), ("--temperature", 0), ("--device", "cpu"),
+                                  ("--dtype", "bfloat16")))):
         code, _ = run(flag, value)
         assert code.startswith(f"error: {told}") and "\n" not in code           # sys.exit(text) exits with 1
+    assert run("--overwrite")[0] == "error: --overwrite goes only with --write-with"
+    for flag, value in (("--data", "a.jsonl"), ("--split", "test"), ("--make-tokenizer", "t.json")):
+        assert run("--write-with", "none", "--out", "a.jsonl", flag, value)[0] == (
+            f"error: {flag} goes not with --write-with")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval_gsm8k
+from branches import lines_of
 from checkpoint import _set_aside, held
 from conftest import build
 from console import InputError
@@ -27,6 +28,7 @@ from thresholds import calibrate, make_policy
 from toy_runs import ROOT, toy, words
 
 THREE = ("skipped", "skipped_per_call", "macs_saved")
+BUDGETS = ("--budgets", "1", "0.95", "0.9", "0.85", "0.8")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,9 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     examples = [Example(f"q{i}", "", gold) for i, gold in enumerate(("18", "1,234", "-3", "7", "3/4"))]
     replies = ["#### 18", "so 1234", " 5 - 8 = -3\n#### -3.", "#### 8", "#### 3/4"]
     asked, savings = [], []
-    for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550, 50), "answer": (35, 40, 0.7, 3, 400, 450, 30)},
-                  {"prompt": (210, 300, 0.7, 1, 2500, 3000, 200)}):  # kept, pairs, shares of calls, calls, MACs, work
+    for parts in ({"prompt": (55, 60, 0.1, 1, 500, 550, 50, 30, 25), "answer": (35, 40, 0.7, 3, 400, 450, 30, 20, 15)},
+                  {"prompt": (210, 300, 0.7, 1, 2500, 3000, 200, 140, 70)}):     # kept, pairs, shares of calls, calls,
+        # MACs, work, and what ran attention and MLP of the one layer
         savings.append(Savings(None))
         savings[-1].sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in parts.items()}
 
@@ -80,6 +83,7 @@ def test_a_row_of_known_answers(folders, monkeypatch):
     three = lambda *values: pytest.approx(dict(zip(THREE, values)))
     assert row.pop("prompt") == three(95 / 360, 0.8 / 2, 1 - 3000 / 3550)
     assert row.pop("answer") == three(5 / 40, 0.7 / 3, 1 - 400 / 450)
+    assert row.pop("branches") == {"prompt": [round(170 / 180, 4), round(95 / 180, 4)], "answer": [1.0, 0.75]}
     assert row == pytest.approx({
         "row": "random, dense", "policy": "random", "budget": 0.8, "n": 5, "accuracy": 3 / 5,
         "low": 0.2307, "high": 0.8824, "stderr": (0.6 * 0.4 / 5) ** 0.5, "flexible": 4 / 5, "cut": 2,
@@ -160,6 +164,8 @@ def test_the_rows(folders, tmp_path, capsys):
     assert result["settings"]["budgets"] == [1.0, 0.9, 0.8] and result["at_exactly"] == list(TARGETS)
     for name, values in result["interpolated"].items():
         assert values == interpolate([(r["skipped"], r["accuracy"]) for r in rows if r["row"] == name])
+        assert result["interpolated_macs"][name] == interpolate(
+            [(r["macs_saved"], r["accuracy"]) for r in rows if r["row"] == name])
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"\n{HEADER}\n" + "".join(line_of(r) + "\n" for r in rows) in printed
@@ -167,7 +173,7 @@ def test_the_rows(folders, tmp_path, capsys):
         assert line_of(r).startswith(f"{r['row']:19} {r['budget']:6.3f} ")
         assert f" {r['accuracy']:.1%} ({100 * r['low']:.1f}-{100 * r['high']:.1f}) " in line_of(r)
         assert (r["low"], r["high"]) == wilson(r["accuracy"], 5) and r["low"] < r["high"]
-    assert "dense                     0.0%      -      -      -      -      -\n" in printed
+    assert printed.count("dense                     0.0%      -      -      -      -      -") == 2   # pairs, and MACs
     assert "5 problems of arithmetic" in printed
 
 
@@ -192,6 +198,56 @@ def test_prompts_and_answers_make_up_the_whole(folders, tmp_path):
     assert len(skipping) == 3 and all(r["prompt"] != r["answer"] for r in skipping)
 
 
+def test_shares_per_branch_are_in_the_file(folders, tmp_path, capsys):
+    """Shares of other rows, of prompts and answers together, or of one batch, in the JSON; a table of budgets in
+    another order than theirs; hours of measuring once more because a picture was not asked for at first."""
+    from_the_start = evaluate(folders, tmp_path / "shown", "--budgets", "0.8", "1.0", "--show-branches")
+    printed = capsys.readouterr().out
+    assert not list((tmp_path / "shown").glob("b*.png"))
+    rows = evaluate(folders, tmp_path, "--budgets", "0.8", "1.0", dense=folders["dense"])["rows"]
+    assert "share of tokens that ran" not in capsys.readouterr().out
+    model, tokenizer = load_model(folders["gated"]), load_tokenizer(folders["gated"])
+    problems, savings = arithmetic(5, "test"), Savings(model.config)
+    for batch in (problems[:3], problems[3:]):
+        prompts = [encode_prompt(tokenizer, p.question) for p in batch]
+        savings += generate(model, prompts, 6, make_policy(model.config, "frozen", 0.8), {1}).savings
+    kept = {(r["row"], r["budget"]): r["branches"] for r in rows}
+    report, full = savings.report(), {"prompt": [1.0] * 4, "answer": [1.0] * 4}
+    mine = {part: [round(share, 4) for share in report[part]["branches"]] for part in ("prompt", "answer")}
+    assert kept["GateSkip", 0.8] == mine and mine["prompt"] != mine["answer"]
+    assert kept["dense", 1.0] == kept["GateSkip", 1.0] == full
+    assert kept["random ranks, gated", 0.8]["prompt"] == pytest.approx([0.8] * 4, abs=0.05)
+    assert [r["branches"] for r in from_the_start["rows"][:2]] == [mine, full]
+
+    lines = [*lines_of("GateSkip, budget 1", full), "", *lines_of("GateSkip, budget 0.8", mine)]
+    assert "\n\n" + "\n".join(lines) + "\n\nwritten: " in printed
+    picture = tmp_path / "b.png"                                 # from the rows that are there
+    evaluate(folders, tmp_path, "--budgets", "0.8", "--show-branches", str(picture), dense=folders["dense"])
+    printed = capsys.readouterr().out
+    assert "to go: 0" in printed and "\n".join(lines) + f"\nwritten: {picture}\n" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_an_earlier_version_say_no_shares(folders, tmp_path, monkeypatch, capsys):
+    """A KeyError after the last row of a sweep that was begun before rows had shares, or rows that are missing from the
+    picture without a word."""
+    monkeypatch.setattr(eval_gsm8k, "plot", lambda rows, path: None)
+    result, file = evaluate(folders, tmp_path, "--budgets", "1.0", "0.9"), tmp_path / "eval.json"
+    for row in result["rows"]:
+        del row["branches"]
+    file.write_text(json.dumps(result))
+    again = evaluate(folders, tmp_path, "--budgets", "0.8", "--show-branches", str(tmp_path / "b.png"))
+    printed, new = capsys.readouterr().out, {(r["row"], r["budget"]): r for r in again["rows"]}["GateSkip", 0.8]
+    lack = ("\nno shares per branch in rows of an earlier version: GateSkip 1, GateSkip 0.9 "
+            "(--overwrite measures anew)\n")
+    assert lack in printed and "\n".join(lines_of("GateSkip, budget 0.8", new["branches"])) in printed
+    assert (tmp_path / "b.png").exists()
+    file.write_text(json.dumps(result))                          # none has any
+    evaluate(folders, tmp_path, "--budgets", "0.9", "--show-branches", str(tmp_path / "c.png"))
+    assert lack in (printed := capsys.readouterr().out) and "share of tokens" not in printed
+    assert not (tmp_path / "c.png").exists()
+
+
 def measured(monkeypatch, stop_after=99):
     """Spy on run_row: the list of (row, budget) that it fills; Ctrl-C comes in the row after stop_after."""
     rows = []
@@ -212,10 +268,10 @@ def without_seconds(rows):
 def test_a_stopped_sweep_goes_on(folders, tmp_path, monkeypatch, capsys):
     """Hours of evaluation that one interruption loses, a stopped sweep that looks complete, rows that are measured
     again or, drawn at random, come out otherwise than in a sweep that nobody stopped."""
-    whole = evaluate(folders, tmp_path / "whole", dense=folders["dense"])
+    whole = evaluate(folders, tmp_path / "whole", *BUDGETS, dense=folders["dense"])
     measured(monkeypatch, stop_after=6)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+        evaluate(folders, tmp_path / "stopped", *BUDGETS, dense=folders["dense"])
     file = tmp_path / "stopped" / "eval.json"
     stopped = json.loads(file.read_text())
     assert without_seconds(stopped["rows"]) == without_seconds(whole["rows"][:6]) and whole["complete"]
@@ -224,14 +280,14 @@ def test_a_stopped_sweep_goes_on(folders, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(f"\ninterrupted: the rows so far are in {file}; the same command goes on\n")
 
     again = measured(monkeypatch)
-    result = evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+    result = evaluate(folders, tmp_path / "stopped", *BUDGETS, dense=folders["dense"])
     assert [list(pair) for pair in again] == stopped["missing"]
     assert without_seconds(result["rows"]) == without_seconds(whole["rows"]) and result["rows"][:6] == stopped["rows"]
     assert result["complete"] is True and result["interpolated"] == whole["interpolated"]
     printed = capsys.readouterr().out
     assert f"rows already in {file}: 6; to go: 8\n" in printed
     assert f"\n{HEADER}\n" + "".join(line_of(r) + "\n" for r in result["rows"]) in printed   # the table is whole
-    evaluate(folders, tmp_path / "stopped", dense=folders["dense"])
+    evaluate(folders, tmp_path / "stopped", *BUDGETS, dense=folders["dense"])
     assert len(again) == 8 and "eval.json: 14; to go: 0\n" in capsys.readouterr().out
 
 
@@ -539,8 +595,8 @@ def test_nothing_is_measured_before_every_budget_is_known_to_run(folders, tmp_pa
     with pytest.raises(InputError, match="smallest calibrated"):
         evaluate(folders, tmp_path, "--budgets", "1.0", "0.3")
     assert json.loads((tmp_path / "eval.json").read_text()) == before
-    lowest = min(map(float, load_model(folders["gated"]).config.gateskip["thresholds"]))
-    assert evaluate(folders, tmp_path)["settings"]["budgets"] == [b for b in eval_gsm8k.BUDGETS if b >= lowest] != []
+    known = sorted(map(float, load_model(folders["gated"]).config.gateskip["thresholds"]), reverse=True)
+    assert evaluate(folders, tmp_path)["settings"]["budgets"] == known and len(known) > 1
 
 
 def test_questions_too_long_for_the_model_are_said(folders, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Tests of generate.py: sampling, shades, batched decoding, finished sequences, savings, and the command line."""
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate as program
-from conftest import both_kv, build, families, frozen, llama, on_devices, tokens
+from branches import lines_of, parts_of
+from conftest import both_kv, both_ways, build, families, frozen, llama, on_devices, tokens
 from console import InputError
 from data import encode_prompt, prompt_text, target_text
 from gates import GateConfig, SkipPolicy
@@ -215,7 +217,7 @@ def test_batch_policy_skips_nothing_in_a_single_stream():
 
 
 def recount(config, traces):
-    """Savings.report() of traces, by a plain loop."""
+    """Savings.report() of traces but for "branches", by a plain loop."""
     pairs = skipped = work = macs = macs_dense = 0
     shares = []
     for trace in traces:
@@ -243,6 +245,8 @@ def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
         traces = traces[1:]                                      # the first call was frozen()'s own
     report, whole = result.savings.report(), recount(model.config, traces)
     prompt, answer = report.pop("prompt"), report.pop("answer")
+    for part in (report, prompt, answer):
+        del part["branches"]                                     # see the next test
     assert report == pytest.approx(whole)
     assert prompt == pytest.approx(recount(model.config, traces[:1]))
     assert answer == pytest.approx(recount(model.config, traces[1:]))
@@ -254,6 +258,39 @@ def test_savings_are_recounted_by_a_plain_loop(monkeypatch):
     assert sum(map(sum, result.ran)) == pytest.approx((1 - report["skipped"]) * report["pairs"] / 8)
     of_prompts = [share for ran, n in zip(result.ran, LENGTHS) for share in ran[:n]]
     assert sum(of_prompts) == pytest.approx((1 - prompt["skipped"]) * prompt["pairs"] / 8)
+
+
+@both_ways
+@pytest.mark.parametrize("skip", ["all", "layer", "alternate"])
+def test_branches_are_recounted_by_a_plain_loop(monkeypatch, skip, compute):
+    """Padding or finished sequences that count as tokens, attention's share given as the MLP's or as a neighbour's,
+    the prompt's as the answer's; a branch that may not skip, or follows another, that gets what it did not run."""
+    model = build(llama())
+    policy, ends = frozen(model, tokens(4, 12), skip=skip), {generate(model, prompts_of(), 7).tokens[1][2]}
+    with monkeypatch.context() as m:
+        traces, _ = recorded(model, m)
+        result = generate(model, prompts_of(), 7, policy, eos_ids=ends, compute=compute)
+    assert 1 < len({len(row) for row in result.tokens}) and len({len(trace.valid) for trace in traces}) > 1
+    ran, tokens_of, report = {}, {"prompt": 0, "answer": 0}, result.savings.report()
+    for call, trace in enumerate(traces):
+        part = "answer" if call else "prompt"
+        for row, valid in enumerate(trace.valid.tolist()):
+            for place, real_token in enumerate(valid):
+                tokens_of[part] += real_token
+                for branch in range(8) if real_token else ():
+                    ran[part, branch] = ran.get((part, branch), 0) + trace.keep[branch][row, place].item()
+    assert tokens_of["prompt"] == sum(LENGTHS)
+    for part, n in tokens_of.items():
+        assert report[part]["branches"] == pytest.approx([ran[part, branch] / n for branch in range(8)], abs=1e-12)
+    both = [ran["prompt", branch] + ran["answer", branch] for branch in range(8)]
+    assert report["branches"] == pytest.approx([n / sum(tokens_of.values()) for n in both], abs=1e-12)
+    assert len(set(both)) > 2 and report["prompt"]["branches"] != report["answer"]["branches"]
+
+
+def test_a_dense_models_branches_all_run():
+    """0.9999 of every token, or no shares at all, where nothing can be skipped."""
+    report = generate(build(llama(None)), prompts_of(), 5).savings.report()
+    assert report["branches"] == report["prompt"]["branches"] == report["answer"]["branches"] == [1.0] * 8
 
 
 def test_tokens_are_announced_in_order():
@@ -436,6 +473,33 @@ def test_show_compute(folder, capsys, monkeypatch):
     assert main(argv) == 0 and capsys.readouterr().out.startswith(colourful)
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(argv) == 0 and "\033" not in capsys.readouterr().out
+
+
+def test_show_branches(folder, tmp_path, capsys):
+    """Shares of another run, a picture that is drawn unasked or not at all, shares that nobody asked for."""
+    argv = command(folder, "--prompt", "Tom has 12 eggs", budget=0.75)
+    assert main(argv) == 0
+    without = capsys.readouterr().out
+    parts = parts_of(expected(folder, ["Tom has 12 eggs"], 0.75)[1].savings.report())
+    lines = "\n" + "\n".join(lines_of("frozen, budget 0.75", parts)) + "\n"
+    assert set(parts) == {"prompt", "answer"} and "\n    1 " in lines
+    assert main([*argv, "--show-branches"]) == 0 and capsys.readouterr().out == without + lines
+    assert main([*argv, "--show-branches", str(tmp_path / "b.png")]) == 0
+    assert capsys.readouterr().out == f"{without}{lines}written: {tmp_path / 'b.png'}\n"
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_bars_on_a_terminal_that_lacks_them(folder, tmp_path):
+    """A UnicodeEncodeError after the text, on a cp1252 console: the numbers are there, and a bar is as long."""
+    argv = words("--prompt", "Tom has 12 eggs", "--show-branches", model=folder, budget=0.75, max_new_tokens=4,
+                 device="cpu")
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *argv], capture_output=True, timeout=600,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    printed = done.stdout.decode("cp1252").splitlines()
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    parts = parts_of(expected(folder, ["Tom has 12 eggs"], 0.75, 4)[1].savings.report())
+    assert printed[-4:] == [line.replace("█", "?") for line in lines_of("frozen, budget 0.75", parts)]
+    assert "??" in printed[-1]
 
 
 def test_flags_arrive(folder, dense, capsys, monkeypatch):

@@ -18,10 +18,13 @@ ALLOWED = {
     "thresholds": {"console", "gates"}, "price": {"gates"}, "read_config": {"console", "gates", "model"},
     "load_weights": {"console", "disk", "gates", "model", "read_config", "tokens"},
     "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
-    "metrics": {"console", "disk"}, "adam_state": set(),
+    "metrics": {"console", "disk"}, "adam_state": set(), "distill": {"console", "load_weights"},
     "checkpoint": {"console", "adam_state", "disk", "load_weights", "metrics"},
-    "generate": {"console", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds", "tokens"},
-    "budgets": {"data", "gates", "generate", "load_weights", "savings", "thresholds"},
+    "branches": {"console", "disk"},
+    "generate": {"console", "branches", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds",
+                 "tokens"},
+    "budgets": {"branches", "data", "gates", "generate", "load_weights", "savings", "thresholds"},
+    "own_text": {"console", "data", "disk", "generate", "load_weights", "tokens"},
     "answers": {"console", "data", "tokens"}, "sweep": {"console", "disk", "load_weights"},
 }
 TORCH_ONLY = ("by_hand", "decoder_by_hand", "linear", "gates", "rows", "model", "savings", "thresholds", "price")
@@ -84,6 +87,15 @@ def test_nothing_imports_what_measures():
     """The core that needs the benchmark or the evaluation."""
     for name in OURS - MEASURE:
         assert not imports(tree_of(name), everywhere=True) & MEASURE, name
+
+
+def test_nothing_imports_the_comparisons():
+    """The core that needs paper/, whose files stand beside it on the path: one of the core's names would hide the
+    other."""
+    scripts = {path.stem for path in (ROOT / "paper").glob("*.py")}
+    assert "answer_loss" in scripts and not scripts & OURS
+    for name in OURS:
+        assert not imports(tree_of(name), everywhere=True) & (scripts | {"paper"}), name
 
 
 # House rules, of every file.

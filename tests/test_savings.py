@@ -105,6 +105,7 @@ def test_savings_by_hand():
     assert (report["macs"], report["macs_dense"]) == (run, dense)
     assert report["macs_saved"] == pytest.approx(1 - run / dense, abs=1e-12)
     assert (report["calls"], report["pairs"]) == (2, 10)
+    assert report["branches"] == [3 / 5, 4 / 5]                  # of 5 tokens attention ran 3 + 0, the MLP 3 + 1
 
 
 def total(config, traces, part="all"):
@@ -125,6 +126,8 @@ def test_prompt_and_answer_by_hand():
     numbers = lambda part: (part["skipped"], part["skipped_per_call"], part["calls"], part["pairs"])
     assert numbers(report["prompt"]) == (2 / 4, 1 / 2, 1, 4) and numbers(report["answer"]) == (1 / 4, 1 / 4, 2, 4)
     assert numbers(report) == pytest.approx((3 / 8, 1 / 3, 3, 8), abs=1e-12)
+    assert [report["prompt"]["branches"], report["answer"]["branches"]] == [[1 / 2, 1 / 2], [1 / 2, 1]]
+    assert report["branches"] == [1 / 2, 3 / 4]
     assert set(report) - {"prompt", "answer"} == set(total(small(1), [trace(one, one, one)]).report())
     assert set(report["answer"]) == set(report) - {"prompt", "answer"} and "all" not in report["answer"]
 
@@ -201,6 +204,8 @@ def test_counts_stay_on_the_device():
             savings.add(Trace(None, [valid] * 8, None, valid, 9, 2, "copy_up"), part)
         other += savings
     assert not host.seen
+    nowhere = Savings(config)                                    # no value can be had there, by .tolist() neither
+    nowhere.add(Trace(None, [valid.to("meta")] * 8, None, valid.to("meta"), 9, 2, "copy_up"))
     with Synchronisations() as host:
         other.report()
     assert host.seen in ([], ["_local_scalar_dense"])            # .tolist() is one, and torch does not show it

@@ -7,9 +7,9 @@ import pytest
 import disk
 import sweep
 from console import InputError
-from load_weights import save_model
+from load_weights import model_digest, save_model
 from problems import Example, arithmetic
-from sweep import TARGETS, add_row, check_compared, data_digest, interpolate, model_digest, open_sweep, rows_of, wilson
+from sweep import TARGETS, add_row, check_compared, data_digest, interpolate, open_sweep, rows_of, wilson
 from toy_runs import toy
 
 MADE = {"model": "aa", "dense": None, "data": "dd", "problems": 200, "policy": "frozen", "seed": 0}
@@ -64,7 +64,7 @@ def test_interpolation_by_hand():
     assert interpolate(knots, (-0.01, 0.31)) == [None, None] == interpolate([], (0.0, 0.1))
     twice = [(0.2, 0.4), (0.0, 1.0), (0.2, 0.6)]                 # the same saving twice: their mean
     assert interpolate(twice, (0.1, 0.2)) == pytest.approx([0.75, 0.5])
-    assert interpolate([(0.0, 0.7)]) == [0.7] + [None] * 5 and TARGETS == (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
+    assert interpolate([(0.0, 0.7)]) == [0.7] + [None] * 8 and TARGETS[:6] == (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
 
 
 # What a row depends on.
@@ -119,7 +119,9 @@ def test_rows_are_kept_and_the_missing_ones_named(tmp_path):
     content = json.loads(file.read_text())
     assert (content["complete"], content["missing"]) == (False, [["random ranks, gated", 0.9]])
     assert content["settings"] == {"model": "runs/x"} and content["at_exactly"] == list(TARGETS)
-    assert content["interpolated"] == {"GateSkip": [1.0, 0.75, 0.5, None, None, None]}
+    assert content["interpolated"] == {"GateSkip": [1.0, 0.75, 0.5] + [None] * 6}
+    assert content["interpolated_macs"] == {"GateSkip": interpolate(
+        [(r["macs_saved"], r["accuracy"]) for r in content["rows"]])} != content["interpolated"]
 
     less = open_sweep(file, {"model": "runs/x"}, MADE, [["GateSkip", 0.9]])                  # a smaller command
     assert less["rows"] == content["rows"] and less["missing"] == content["missing"]
@@ -195,6 +197,8 @@ def test_a_damaged_or_foreign_file_is_left_alone(tmp_path, content):
     lambda c: c["rows"][0].update(n=10 ** 400), lambda c: c["rows"][0].update(prompt=5),
     lambda c: c["rows"][0].update(answer={"skipped": 0.1}),
     lambda c: c["rows"][0].update(prompt=dict(skipped=0.1, skipped_per_call=0.1, macs_saved="+")),
+    lambda c: c["rows"][0].update(branches=7), lambda c: c["rows"][0].update(branches={"answer": [0.5, 1.5]}),
+    lambda c: c["rows"][0].update(branches={"answer": ["x"]}), lambda c: c["rows"][0].update(branches={"all": 7}),
     lambda c: c.update(missing="abc"), lambda c: c.update(missing=[["GateSkip"]]),
     lambda c: c.update(missing=[["GateSkip", "0.9"]]), lambda c: c.update(missing=["ab"])])
 def test_a_file_changed_by_hand_is_damaged(tmp_path, damage):

@@ -363,7 +363,13 @@ def test_a_warm_up_longer_than_the_run_is_said(capsys):
     (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
     (dict(seq_len=9), "no example fits into --seq-len 9"), (dict(init_config="config.json"), "give one of them"),
     (dict(gate="scalar", gate_arch="lowrank"), "low-rank gate with a scalar"),
-    (dict(eval_data="gone.jsonl"), "gone.jsonl"),
+    (dict(eval_data="gone.jsonl"), "gone.jsonl"), (dict(distill_weight=1.5), "--distill-weight: '1.5'"),
+    (dict(threshold="global", gate="none"), "--threshold global with --gate none"),
+    (dict(sparsity_cost="macs", gate="none"), "--sparsity-cost macs with --gate none"),
+    (dict(gate_lr_scale=30, gate="none"), "--gate-lr-scale 30.0 with --gate none"),
+    (dict(threshold="global", budget_end=1), "nobody skips, so no threshold"),
+    (dict(threshold="global", sparsity_loss="kl"), "pulls every branch to the same budget"),
+    (dict(kv="dense", skip="mlp"), "nobody skips attention"),
 ])
 def test_bad_flags_are_told_in_one_line(folder, tmp_path, flags, complaint):
     """A mistake that is only noticed after hours, by a traceback."""
@@ -383,6 +389,14 @@ def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
             run(folder, tmp_path / "run", *switches, **flags)
     with pytest.raises(InputError, match="--data is missing"):
         train.main(["--preset", "llama-3.2-1b"])
+
+
+def test_a_preset_with_gates_can_train_the_dense_model():
+    """--gate none refused for what only the preset asks for; or a price left to a model without gates."""
+    args = train.parse_args(words(preset="smollm2-135m", data="arithmetic", gate="none"))
+    assert (args.threshold, args.sparsity_cost, args.gate_lr_scale, args.steps) == ("branch", "equal", 1.0, 1000)
+    args = train.parse_args(words(preset="smollm2-135m", data="arithmetic"))
+    assert (args.threshold, args.sparsity_cost, args.gate_lr_scale, args.gate) == ("global", "macs", 30.0, "scalar")
 
 
 def test_a_granularity_that_lets_nobody_skip(folder, tmp_path):

@@ -1,0 +1,42 @@
+"""Learn from all that another model would have said (ours): train.py --teacher MODEL --distill-weight ALPHA.
+
+    loss = (1 - alpha) CE + alpha KL(teacher || model) + lambda sparsity        both at the answer positions
+
+It serves text that the teacher wrote (data.py --write-with) or was tuned on; on text of others it pulls the wrong way.
+"""
+import json
+
+import torch
+import torch.nn.functional as F
+
+from console import InputError
+from load_weights import load_model, load_tokenizer
+
+
+def open_teacher(source, model, tokenizer):
+    """The model of a folder, a run or a hub id, without gradients, on the device of `model` and in its dtype.
+
+    InputError unless it has the same tokenizer: the same token ids must mean the same text."""
+    if _rules(load_tokenizer(source)) != _rules(tokenizer):
+        raise InputError(f"--teacher {source}: its tokenizer is not the model's: both must cut text into the "
+                         "same ids")
+    weight = model.model["embed_tokens"].weight
+    teacher = load_model(source, device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise InputError(f"--teacher {source}: {teacher.config.vocab_size} logits against {model.config.vocab_size}: a "
+                         "teacher must share the vocabulary")
+    return teacher
+
+
+def _rules(tokenizer):
+    """All of a tokenizer but how it would cut and pad, which this project leaves alone."""
+    return {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in ("truncation", "padding")}
+
+
+def kl_divergence(teacher, logits, input_ids, valid, places):
+    """KL(teacher || model), summed over the places. logits (N, V) of the model there; a float32 scalar tensor.
+
+    input_ids, valid (B, S) (or None) and places (N,): as the model was called. The teacher runs every branch."""
+    with torch.no_grad():
+        target, _ = teacher(input_ids, valid=valid, compute="compact", places=places)            # (N, V)
+    return F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="sum")
