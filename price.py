@@ -1,9 +1,10 @@
 """One threshold for the whole model (ours): a price, in place of the same budget for every branch.
 
 With the penalty lambda sum_b c_b g^2, c_b the branch's share of the work, a gate settles where -dCE/dg is
-2 lambda c_b g: its value is the benefit of running this branch for this token, per unit of work, over 2 lambda. So the
-gates of all branches are in one currency, and at a given total of work one threshold loses least: run a branch for a
-token if its gate exceeds the price. (An L1 penalty has a constant derivative and yields no such scale.)
+2 lambda c_b g, on average over what looks the same to it: its value is the benefit of running this branch, per unit of
+work, over 2 lambda. So the gates of all branches are in one currency, and at a given total of work one threshold loses
+least: run a branch for a token if its gate exceeds the price. (An L1 penalty has a constant derivative and yields no
+such scale.) paper/gate_value.py measures how far this holds.
 
 Shapes: L layers, N tokens of a step.
 """

@@ -222,8 +222,9 @@ def open_model(args, gate, device, dtype):
         raise InputError(f"--skip {args.skip} lets nobody skip in a model of {config.num_hidden_layers} layer")
     if gate is not None:                                         # an old calibration would not fit the weights to come
         config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
-                               schedule=args.schedule, threshold=args.threshold, sparsity_cost=args.sparsity_cost,
-                               gate_lr_scale=args.gate_lr_scale)
+                               schedule=args.schedule, threshold=args.threshold, gate_lr_scale=args.gate_lr_scale,
+                               sparsity_weight=args.sparsity_weight, sparsity_loss=args.sparsity_loss,
+                               sparsity_cost=args.sparsity_cost)
     return model, tokenizer
 
 

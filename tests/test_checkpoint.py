@@ -480,7 +480,7 @@ def test_a_run_of_an_older_version_goes_on(folder, unbroken, tmp_path, monkeypat
         run(folder, tmp_path / "run", **SCHEDULES["linear"])
     path = last(tmp_path / "run") / "train_state.pt"
     stored = torch.load(path, weights_only=True)
-    for newer in ("digests", "threshold", "sparsity_cost", "gate_lr_scale"):
+    for newer in ("digests", "threshold", "sparsity_cost", "gate_lr_scale", "teacher", "distill_weight"):
         del stored["settings"][newer]
     (group,) = stored["optimizer"]["param_groups"]
     del group["param_names"], group["scale"], stored["sums"], stored["quantile"]
