@@ -1,5 +1,4 @@
-"""What each budget costs a trained model: its thresholds, and the table at the end of train.py.
-"""
+"""What each budget costs a trained model: its thresholds, and the table at the end of train.py."""
 import torch
 import torch.nn.functional as F
 
@@ -62,7 +61,7 @@ def finish(model, args, sets, folder, quantile=None):
                                step=args.steps)
         save_config(model, folder)
         checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
-        print("skipped on a second held-out set, asked -> realised: "
+        print(f"{'of the work, ' * (quantile is not None)}skipped on a second held-out set, asked -> realised: "
               + ", ".join(f"{(1 - b) * share:.1%} -> {x:.1%}" for b, x in checked.items()))
 
     print(f"\n{len(sets['eval'])} held-out problems, answers given and not generated"

@@ -23,7 +23,7 @@ def check_budget(budget):
     except ValueError:
         raise InputError(f"budget {budget!r} is no number") from None
     if not 0.0 < budget <= 1.0:
-        raise InputError(f"budget {budget} is outside (0, 1]: it is the share of tokens a branch keeps, such as 0.85")
+        raise InputError(f"budget {budget} is outside (0, 1]: it is the share of tokens or work kept, such as 0.85")
     return budget
 
 

@@ -164,7 +164,7 @@ def parse_args(argv):
         help="a question, put into the training template; may be given several times")
     add("--chat", action="store_true", help="put each of them into the model's own chat template instead")
     add("--budget", type=check_budget,
-        help="share of tokens a branch keeps; default: 0.85, or the lowest calibrated if above; without gates 1")
+        help="share of tokens a branch keeps, or of work that runs; default: of those calibrated the nearest to 0.85")
     add("--policy", choices=("auto", "frozen", "batch", "random", "topk", "none"), default="auto",
         help="auto: frozen if calibrated, else batch")
     add("--skip", choices=GRANULARITIES, help="default: as trained")
@@ -192,8 +192,8 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
-    lowest = min(map(float, model.config.gateskip.get("thresholds", {"0": 0})))
-    budget = args.budget or (max(0.85, lowest) if model.config.gate is not None else 1.0)
+    known = [b for b in map(float, model.config.gateskip.get("thresholds", ())) if b < 1.0] or [0.85]
+    budget = args.budget or (min(known, key=lambda b: abs(b - 0.85)) if model.config.gate is not None else 1.0)
     policy = make_policy(model.config, args.policy, budget, skip=args.skip, kv=args.kv, seed=args.seed, device=device)
     if args.chat:
         texts = [chat_template(model, [{"role": "user", "content": text}]) for _, text in args.asked]

@@ -111,7 +111,8 @@ def main(argv=None):
     except OSError as error:                                     # of a full disk: it names no file
         raise InputError(f"--out {path}: {error.strerror}: with that mended, the same command goes on") from None
     speed = (counts["tokens"] - progress["counts"].get("tokens", 0)) / (time.monotonic() - started)
-    print(f"written: {path}: {counts['texts']} texts, {args.n - counts['texts']} of no use left out; "
+    left_out = f", {args.n - counts['texts']} of no use left out" * (counts["texts"] < args.n)
+    print(f"written: {path}: {counts['texts']} texts{left_out}; "
           f"{counts['tokens']:,} tokens, {speed:.0f} tokens/s; {counts['ended']} of {args.n} ended by the model")
     return 0
 

@@ -1,10 +1,10 @@
 """One threshold for the whole model (ours): a price, in place of the same budget for every branch.
 
-With the penalty lambda sum_b c_b g^2, c_b the branch's share of the work, a gate settles where -dCE/dg is
-2 lambda c_b g, on average over what looks the same to it: its value is the benefit of running this branch, per unit of
-work, over 2 lambda. So the gates of all branches are in one currency, and at a given total of work one threshold loses
-least: run a branch for a token if its gate exceeds the price. (An L1 penalty has a constant derivative and yields no
-such scale.) paper/gate_value.py measures how far this holds.
+With the penalty lambda sum_b c_b g^2, c_b the branch's work over the mean branch's, a gate settles where -dCE/dg is
+2 lambda c_b g, on average over what looks the same to it: its value is what opening it further would gain, per unit of
+work, over 2 lambda. So the gates of all branches are in one currency, and at a given total of work one threshold, a
+price, loses least to first order: run a branch for a token if its gate exceeds it. (An L1 penalty has a constant
+derivative and yields no such scale.) paper/gate_value.py measures how far this holds.
 
 Shapes: L layers, N tokens of a step.
 """
@@ -41,7 +41,8 @@ class RunningQuantile:
         return self.points[i] + (place - i) * (self.points[i + 1] - self.points[i])
 
     def policy(self, budget, skip, kv):
-        """The SkipPolicy of a training step: frozen at the price that lets `budget` of the work run; at first all."""
+        """The SkipPolicy of a training step: frozen at the price that lets `budget` of the work run. Before the first
+        update, and at budget 1, nobody skips."""
         if self.points is None or budget >= 1.0:
             return SkipPolicy("none", 1.0, skip, kv)
         return SkipPolicy("frozen", budget, skip, kv, thresholds=[self.at(1.0 - budget)] * len(self.costs))

@@ -124,6 +124,7 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
     else:
         share, smallest = float(quantile.costs.mean()), [float(quantile.at(0.0))]
         table_at = lambda q: [float(quantile.at(q))]
+    what = "(token, branch) pairs" if quantile is None else "the work"
     result = {"skip": skip, "kv": kv, "threshold": "branch" if quantile is None else "global",
               "thresholds": {"1.0": smallest}, "realised": {}}
     correction = 1.0                                             # of the last budget: a good guess for the next
@@ -136,7 +137,7 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
         result["thresholds"][key], got, q = search(table_at, in_use, target, q, tolerance, rounds)
         result["realised"][key], correction = got, q / (1.0 - budget)
         missed = f"  target {target:.1%} NOT reached: skipping here feeds on itself"
-        print(f"calibrated budget {budget:.2f}: skips {got:.1%} of what it is asked to continue"
+        print(f"calibrated budget {budget:.2f}: skips {got:.1%} of {what} in texts that it continues"
             + (missed if abs(got - target) > tolerance else ""))
     return result
 

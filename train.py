@@ -117,7 +117,8 @@ def train(args, gate, device, dtype, out):
         picked = [sets["train"][i] for i in picked]                                              # line 2: (x, y) ~ D
         b = budget_at(step, args.steps, args.budget_start, args.budget_end, args.schedule, args.seed)    # line 3: b_t
         policy = SkipPolicy("batch" if gate else "none", b, args.skip, args.kv)                  # line 8 is its keep()
-        policy = quantile.policy(b, args.skip, args.kv) if quantile else policy                  # ours: one for all
+        if quantile:
+            policy = quantile.policy(b, args.skip, args.kv)      # ours: one threshold for all
         for group in optimizer.param_groups:
             group["lr"] = group.get("scale", 1.0) * learning_rate(step, args.steps, args.lr, args.warmup)
 
@@ -272,7 +273,7 @@ def parse_args(argv):
     add("--seed", type=seed_number, default=1, help="of data order, gates, budgets")
     # the paper
     add("--schedule", choices=("linear", "uniform"), help="budget: Algorithm 1's decay, or drawn anew each step")
-    add("--budget-start", type=check_budget, help="share of tokens that a branch keeps at first")
+    add("--budget-start", type=check_budget, help="share of tokens that a branch keeps at first (global: of the work)")
     add("--budget-end", type=check_budget, help="and at last; uniform draws between the two")
     add("--threshold", choices=("branch", "global"), default="branch",
         help="a quantile per branch (the paper), or one threshold for all branches (ours)")

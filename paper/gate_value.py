@@ -104,6 +104,7 @@ def main(argv=None):
     add("--data", default="arithmetic", help="arithmetic (its test problems), or a file that was not trained on")
     add("--limit", type=whole(1), default=1000, help="problems")
     add("--budget", type=check_budget, default=1.0, help="below 1: under each run's frozen thresholds")
+    add("--without", type=whole(0), nargs="+", default=[], metavar="BRANCH", help="2 x layer, its MLP + 1: left out")
     add("--out", type=picture, required=True, metavar="PNG", help="the numbers go beside it, as .json")
     add("--sparsity-weight", type=real(0.0, above=True), **several)
     add("--sparsity-loss", choices=("l2", "l1"), **several)
@@ -120,9 +121,10 @@ def main(argv=None):
         if weight is None or loss not in ("l2", "l1") or {*map(len, given)} - {1, len(args.model)}:
             raise InputError(f"{name}: --sparsity-weight or -loss (l2, l1) is not recorded: give one, or one per run")
         items, _ = encode_all(load_examples(args.data, "test", args.limit), load_tokenizer(name),
-                              max(model.config.eos_ids), model.config.max_position_embeddings)
+                              model.config.eos_ids[0], model.config.max_position_embeddings)
         costs = branch_costs(model.config) if cost == "macs" else [1.0] * 2 * model.config.num_hidden_layers
         m = measure(model, items, make_policy(model.config, "frozen", args.budget), weight, loss, costs)
+        m["kept"][[b for b in args.without if b < len(costs)]] = False
         r = {"title": f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}", "seed": known.get("seed"),
              "digest": model_digest(model.source), "gate": m["gate"].mean().item(),
              "run": m["kept"].double().mean().item(), **{how: compare(m, how) for how in HOW}}

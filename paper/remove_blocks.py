@@ -1,6 +1,6 @@
 """ShortGPT (Men et al. 2024, arXiv 2403.03853): remove the blocks that turn the hidden states least.
 
-    python paper/remove_blocks.py --model runs/smollm2 --data train.jsonl --blocks 3 --out runs/smollm2-3
+    python paper/remove_blocks.py --model runs/dense --data train.jsonl --blocks 3 --out runs/dense-3
 
 The influence of a block is 1 - E_t[cos(x_t, y_t)], between what goes in (x_t) and what comes out (y_t; of the last
 block too before the final norm), over all tokens of the examples. The n blocks of the lowest influence are removed at

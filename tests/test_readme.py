@@ -83,6 +83,8 @@ def test_commands(checkout, monkeypatch):
         program, *argv = shlex.split(line)
         if program == "make":
             subprocess.run(["make", "-n", *argv], cwd=ROOT, check=True, capture_output=True)
+        elif program == ".":                                     # the environment that make has made
+            assert argv == [".venv/bin/activate"]
         elif program == "hf":                                    # needs the network: at least it is installed
             assert "hf" in {e.name for e in importlib.metadata.entry_points(group="console_scripts")}, line
         else:
