@@ -25,8 +25,13 @@ def picture(path):
         try:
             if Path(path).is_dir():
                 raise IsADirectoryError(0, "it is a folder")
-            Path(path + ".tmp").touch()                          # as disk.write will
-            Path(path + ".tmp").unlink(missing_ok=True)
+            if Path(path).name in ("eval.png", "metrics.png"):
+                raise FileExistsError(0, "a run's curves have that name")
+            Path(path + ".tmp").touch(exist_ok=False)            # as disk.write will
+            Path(path + ".tmp").unlink()
+        except FileExistsError as error:
+            why = error.strerror if error.filename is None else f"{path}.tmp is in the way"
+            raise InputError(f"{path} cannot be written ({why}): give another file") from None
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from None
     return path

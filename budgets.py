@@ -7,7 +7,7 @@ from data import answer_places, collate
 from gates import SkipPolicy, skippable_share
 from generate import generate
 from load_weights import save_config
-from savings import Savings
+from savings import Savings, branch_costs
 from thresholds import calibrate, chunks, make_policy
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)            # calibrated as far down as training went
@@ -37,14 +37,27 @@ def prompt_of(item):
     return ids[:start] if start > 1 else ids[:max(1, len(ids) // 2)]
 
 
+def measured_in(config):
+    """(key of Savings.report() in which this model's budgets are shares, how much of it may be skipped at all)."""
+    skip = config.gateskip.get("skip", "all")
+    if config.gateskip.get("threshold") == "global":
+        costs = branch_costs(config, skip)
+        return "work_skipped", sum(costs) / len(costs)
+    return "skipped", skippable_share(skip, config.num_hidden_layers)
+
+
+def budget_of_chance(config, saved):
+    """The budget at which random skipping saves as much as `saved`, a Savings.report()."""
+    measure, share = measured_in(config)
+    return min(max(1.0 - saved[measure] / share, 1e-3), 1.0)
+
+
 def finish(model, args, sets, folder, quantile=None):
     """Calibrate, store the thresholds in the last step's folder, and print what each budget costs.
 
     With --show-branches also what each branch gets."""
     config, budgets = model.config, [1.0]
-    measure, share = "skipped", skippable_share(args.skip, config.num_hidden_layers)
-    if quantile is not None:
-        measure, share = "work_skipped", float(quantile.costs.mean())
+    measure, share = measured_in(config)
     if config.gate is not None:
         def realised(policy, items=sets["calibration"]):         # the share skipped of what the model continues
             savings, prompts = Savings(config), [prompt_of(item) for item in items]
@@ -74,7 +87,7 @@ def finish(model, args, sets, folder, quantile=None):
         row = (f"{budget:6.3f}   {loss:11.4f}   {accuracy:14.1%}   {saved['skipped']:7.1%}   "
                f"{saved['skipped_per_call']:8.1%}   {saved['macs_saved']:+10.1%}")
         if budget < 1.0:
-            chance = SkipPolicy("random", min(max(1.0 - saved[measure] / share, 1e-3), 1.0), args.skip, args.kv,
+            chance = SkipPolicy("random", budget_of_chance(config, saved), args.skip, args.kv,
                                 generator=torch.Generator().manual_seed(args.seed))
             row += f"   {evaluate(model, sets['eval'], chance)[0]:11.4f}"
         print(row)

@@ -22,7 +22,7 @@ from load_weights import SAVED, checksums, find_folder, save_model
 from metrics import metrics_lines
 
 STEP = r"step-[0-9]{6,}"                                         # what may stand in --out; eval.* by eval_gsm8k.py
-FILES = r"latest|metrics\.jsonl|metrics\.png|eval\.json|eval\.png"
+FILES = r"latest|metrics\.jsonl|metrics\.png|eval\.json|eval\.png|branches\.png"
 LASTING, TEMPORARY = rf"{STEP}|{FILES}", rf"\.{STEP}\.tmp|({FILES})\.tmp"
 RUN_FILES = rf"{LASTING}|{TEMPORARY}|\.lock"
 WAY_OUT = "a new run can start from its weights: --model {}, another --out"
@@ -147,7 +147,8 @@ def open_run(args, settings):
         raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
     for flag in ("model", "init_config", "data", "eval_data", "teacher"):
         value = getattr(args, flag)
-        if there and value and out.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+        files = [Path(value), *Path(value).glob("*")] if there and value else []     # a folder's may be links
+        if any(out.resolve() in (file.resolve(), *file.resolve().parents) for file in files):
             raise InputError(f"--overwrite would delete --{flag.replace('_', '-')} {value}, which lies in --out "
                              f"{out}: choose another --out")
     for name in there:

@@ -13,7 +13,7 @@ from console import InputError
 from load_weights import load_model, load_tokenizer
 
 
-def open_teacher(source, model, tokenizer):
+def open_teacher(source, model, tokenizer, seq_len):
     """The model of a folder, a run or a hub id, without gradients, on the device of `model` and in its dtype.
 
     InputError unless it has the same tokenizer: the same token ids must mean the same text."""
@@ -25,6 +25,9 @@ def open_teacher(source, model, tokenizer):
     if teacher.config.vocab_size != model.config.vocab_size:
         raise InputError(f"--teacher {source}: {teacher.config.vocab_size} logits against {model.config.vocab_size}: a "
                          "teacher must share the vocabulary")
+    if seq_len > teacher.config.max_position_embeddings:
+        raise InputError(f"--seq-len {seq_len} exceeds the {teacher.config.max_position_embeddings} positions of "
+                         f"--teacher {source}")
     return teacher
 
 

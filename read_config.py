@@ -1,6 +1,5 @@
 """A model's config.json -> ModelConfig. What this decoder cannot compute is refused, never ignored."""
 import json
-import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -138,12 +137,17 @@ def _gate_config(stored, branches, name):
                     raise ValueError(f"{key} {stored.get(key)!r:.60} is not one of {', '.join(allowed)}")
             for budget, values in stored["thresholds"].items():
                 check_budget(budget)
-                if len(values) not in (1, branches) or not all(math.isfinite(v) for v in values):
-                    raise ValueError(f"the thresholds of budget {budget} are not {branches} numbers, one per branch")
+                wanted = 1 if stored.get("threshold", "branch") == "global" else branches
+                if len(values) != wanted or not all(type(v) in (int, float) and -0.01 < v < 1.01 for v in values):
+                    raise ValueError(f"budget {budget} needs thresholds from 0 to 1, {wanted} of them")
             if len(set(map(float, stored["thresholds"]))) < len(stored["thresholds"]):
                 raise ValueError("the thresholds name a budget twice")
-            if 1.0 not in map(float, stored["thresholds"]) or type(stored.get("budget_end", 0)) not in (int, float):
-                raise ValueError("no thresholds of budget 1.0, or a budget_end that is no number")
+            if stored.get("threshold", "branch") not in ("branch", "global"):
+                raise ValueError(f"threshold {stored['threshold']!r:.60} is neither branch nor global")
+            if 1.0 not in map(float, stored["thresholds"]):
+                raise ValueError("no thresholds of budget 1.0")
+            if type(stored.get("budget_end", 1)) not in (int, float) or not 0 < stored.get("budget_end", 1) <= 1:
+                raise ValueError(f"budget_end is {stored['budget_end']!r:.60}")
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f'{name}: "gateskip" is not what this version writes ({error}): '
                          f'train the gates again') from None

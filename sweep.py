@@ -66,9 +66,11 @@ def read_rows(file, numbers=NUMBERS):
         rows = [{"row": r["row"], **floats(r, numbers), **{part: floats(r[part], PARTS) for part in ("prompt", "answer")
                                                            if r.get(part)}} for r in stored["rows"]]
         json.dumps(rows, allow_nan=False)                        # ValueError
-        shares = [x for r in stored["rows"] for part in r.get("branches", {}).values() for x in part]
+        shares = [r["branches"] for r in stored["rows"] if "branches" in r]
+        sizes = {len(part) for parts in shares for part in (parts["prompt"], *parts.values())}
+        shares = [x for parts in shares for part in parts.values() for x in part]
         if (all(r["n"] >= 1 and 0 <= r["accuracy"] <= 1 and isinstance(r["row"], str) for r in rows)
-                and all(0 <= share <= 1 for share in shares)
+                and len(sizes - {0}) == len(sizes) <= 1 and all(0 <= share <= 1 for share in shares)
                 and isinstance(stored.get("made_with", {}), dict)):
             return stored, rows, Path(stored["settings"]["model"]).name
     except (AttributeError, KeyError, TypeError, OverflowError):

@@ -3,13 +3,12 @@
     python train.py                                             # gates on the embedded model, minutes on a laptop
     python train.py --preset llama-3.2-1b --data train.jsonl    # Table 15 of the paper, one H100
 
-First the recipe, then the loop (train), then what stands around it: the sets of examples, the calibration and the table
-at the end, the flags. What a run leaves on disk is in checkpoint.py.
+First the recipe, then the loop (train), then what stands around it: opening the model, the flags. The sets of examples
+are data.py's, calibration and the table at the end budgets.py's, what a run leaves on disk checkpoint.py's.
 """
 import math
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from console import InputError, check_compiler, pick_device, run
@@ -22,17 +21,16 @@ from tqdm import tqdm
 from branches import SHOW_BRANCHES
 from budgets import HELD_OUT, finish
 from checkpoint import held, open_run, save_checkpoint, start_run
-from data import answer_places, batch_at, collate, load_examples, load_sets
+from data import answer_places, batch_at, collate, load_sets
 from distill import kl_divergence, open_teacher
+from dry_run import dry_run
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
-from load_weights import (check_fit, config_from_hf, find_folder, load_model, load_tokenizer, model_digest, new_model,
-                          read_json)
+from load_weights import check_fit, find_folder, load_model, load_tokenizer, model_digest, new_model
 from metrics import add_line, plot_metrics
-from model import Model
 from read_data import digest
 from price import RunningQuantile
-from savings import SHAPES, branch_costs, memory_table
+from savings import branch_costs
 
 # Table 15 of the paper. What is a flag's name is that flag's default; the rest is used as it stands.
 TABLE_15 = dict(
@@ -69,7 +67,7 @@ def main(argv=None):
                           input=args.gate_input, placement=args.gate_placement, detach=args.gate_detach)
     device, dtype = pick_device(args.device, args.dtype, args.tf32)
     if args.dry_run:
-        return dry_run(args, gate)
+        return dry_run(args, gate, {preset["model"]: name for name, preset in PRESETS.items()})
     with held(args.out):                                         # one process at a time
         return train(args, gate, device, dtype, Path(args.out))
 
@@ -84,7 +82,7 @@ def train(args, gate, device, dtype, out):
         settings["digests"]["teacher"] = model_digest(find_folder(args.teacher))
     state, saved = open_run(args, settings)                      # of the run to resume, and its folder; or None
     model, tokenizer = open_model(args, gate, device, dtype)
-    teacher = open_teacher(args.teacher, model, tokenizer) if args.teacher else None
+    teacher = open_teacher(args.teacher, model, tokenizer, args.seq_len) if args.teacher else None
     alpha = args.distill_weight if teacher else 0.0
     sets = load_sets(args, tokenizer, model.config.eos_ids[0], HELD_OUT)
 
@@ -162,7 +160,8 @@ def train(args, gate, device, dtype, out):
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
                "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(row["loss"] + norm):                # before the update that would spoil the weights
-            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: lower --lr; "
+            cause = "look at --teacher" if not math.isfinite(sums["kl"]) else "lower --lr or --gate-lr-scale"
+            raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: {cause}; "
                              "nothing was saved since the last checkpoint")
         optimizer.step()                                                                         # line 19: update
         optimizer.zero_grad(set_to_none=True)
@@ -330,6 +329,8 @@ def parse_args(argv):
                          "take l2")
     if args.kv == "dense" and args.skip == "mlp":
         raise InputError("--kv dense with --skip mlp: nobody skips attention, so every K and V is computed anyway")
+    if args.teacher == "":
+        raise InputError("--teacher is empty: give a folder, a run's --out, or a hub id")
     if args.distill_weight is not None and not args.teacher:
         raise InputError(f"--distill-weight {args.distill_weight} without --teacher: there is nobody to learn from")
     if args.teacher and args.distill_weight is None:
@@ -349,38 +350,6 @@ def parse_args(argv):
     if args.resume and args.overwrite:
         raise InputError("--resume keeps the run in --out and --overwrite deletes it: give one of them")
     return args
-
-
-def config_of(source):
-    """The ModelConfig of a config.json, a folder or a preset's model, without asking the hub."""
-    path, shapes = Path(source), {preset["model"]: SHAPES[name] for name, preset in PRESETS.items() if name in SHAPES}
-    if path.is_dir():
-        path = find_folder(source) / "config.json"
-    elif not path.exists() and path.suffix != ".json":
-        if source in shapes:
-            return replace(shapes[source])                       # a copy: it may be about to get gates
-        raise InputError(f"--dry-run does not ask the hub for {source}: give a local folder or a --preset")
-    return config_from_hf(read_json(path), path)
-
-
-def dry_run(args, gate):
-    """Say what would be trained on what, and the memory it takes on paper; touch neither network nor --out."""
-    source = args.init_config or args.model
-    config = config_of(source)
-    config.gate = gate or config.gate
-    examples = load_examples(args.data, "train", None if args.data != "arithmetic" else 1000, args.seed)
-    tokens = args.batch_size * args.seq_len
-    print(f"{source}: {config.num_hidden_layers} layers of width {config.hidden_size}, gate {gate or 'none'}")
-    print(f"data {args.data}: " + ("made as needed" if args.data == "arithmetic" else f"{len(examples)} examples"))
-    print(f"{args.steps} steps of {args.grad_accum} x {args.batch_size} sequences up to {args.seq_len} tokens, "
-          f"lr {args.lr}, budget {args.budget_start} -> {args.budget_end} ({args.schedule})"
-          + ", one threshold for all branches" * (args.threshold == "global"))
-    print("\n".join(memory_table(config, tokens, args.freeze_backbone, args.checkpoint_activations)))
-    if args.teacher:
-        with torch.device("meta"):
-            weights = 4 * sum(p.numel() for p in Model(config_of(args.teacher)).parameters())
-        print(f"and the teacher's weights, {weights / 1e9:.1f}, and its logits, as large as the model's")
-    return 0
 
 
 if __name__ == "__main__":

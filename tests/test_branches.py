@@ -174,17 +174,20 @@ def test_a_picture_that_could_not_be_written_is_refused(tmp_path, monkeypatch):
     """A mistyped folder, found out after hours of work, or made; weights that a picture is written over."""
     (tmp_path / "d.png").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "kept.png.tmp").touch()                          # the user's own
     for name, why in (("none/b.png", "cannot be written (No such file"), ("file/b.png", "written (Not a directory"),
                       ("d.png", "cannot be written (it is a folder)"), ("a" * 252 + ".png", "(File name too long)"),
-                      ("model.safetensors", "must end in .png"), ("file", "must end in .png")):
+                      ("model.safetensors", "must end in .png"), ("file", "must end in .png"),
+                      ("eval.png", "(a run's curves have that name)"), ("metrics.png", "curves have that name"),
+                      ("kept.png", "kept.png.tmp is in the way")):
         assert f"{tmp_path / name} " in (said := complaint(picture, str(tmp_path / name))) and why in said
     with monkeypatch.context() as m:
-        m.setattr("pathlib.Path.touch", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        m.setattr("pathlib.Path.touch", lambda *_, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         assert "cannot be written (Permission denied)" in complaint(picture, str(tmp_path / "b.png"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed (pip install matplotlib)" in complaint(picture, str(tmp_path / "b.png"))
     assert picture("") == ""                                     # printing needs none
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.png", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.png", "file", "kept.png.tmp"]
 
 
 @pytest.mark.parametrize("command, flags", [(generate, dict(prompt="x")), (eval_gsm8k, {}), (train, {})])

@@ -93,7 +93,13 @@ def test_teachers_that_do_not_fit(folder, tmp_path):
     tokenizer.add_tokens(["<more>"])
     save_model(model, tmp_path / "other", tokenizer)
     with pytest.raises(InputError, match="its tokenizer is not the model's"):
-        open_teacher(tmp_path / "other", model, load_tokenizer(folder))
+        open_teacher(tmp_path / "other", model, load_tokenizer(folder), 160)
+    short, tokenizer = toy(tmp_path / "short", max_position_embeddings=64)
+    save_model(short, tmp_path / "short", tokenizer)
+    with pytest.raises(InputError, match="--seq-len 160 exceeds the 64 positions of --teacher"):
+        run(folder, tmp_path / "run", teacher=tmp_path / "short", **TAUGHT)
+    with pytest.raises(InputError, match="--teacher is empty"):
+        run(folder, tmp_path / "run", teacher="", **TAUGHT)
     with pytest.raises(InputError, match="gone"):
         run(folder, tmp_path / "run", teacher=tmp_path / "gone", **TAUGHT)
     with pytest.raises(InputError, match="nobody to learn from"):

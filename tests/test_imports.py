@@ -19,6 +19,7 @@ ALLOWED = {
     "load_weights": {"console", "disk", "gates", "model", "read_config", "tokens"},
     "data": {"console", "disk", "flags", "problems", "read_data", "tokens"},
     "metrics": {"console", "disk"}, "adam_state": set(), "distill": {"console", "load_weights"},
+    "dry_run": {"console", "data", "load_weights", "model", "read_config", "savings"},
     "checkpoint": {"console", "adam_state", "disk", "load_weights", "metrics"},
     "branches": {"console", "disk"},
     "generate": {"console", "branches", "flags", "data", "gates", "load_weights", "rows", "savings", "thresholds",
