@@ -203,7 +203,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--data", default="arithmetic", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--split", default="train", choices=SPLITS, help="of the arithmetic problems")
-    add("--n", type=whole(1), default=3, help="how many")
+    add("--n", type=whole(1, 10 ** 9), default=3, help="how many")
     add("--seed", type=seed_number, default=0, help="of the arithmetic problems, and of the texts")
     add("--make-tokenizer", metavar="FILE", help="write the tokenizer of the arithmetic problems and stop")
     add("--write-with", metavar="MODEL", help="folder, a run's --out, or hub id: let it write --n texts into --out")
@@ -215,6 +215,8 @@ def parse_args(argv):
     add("--overwrite", action="store_true", help="replace the texts in --out")
     add_machine_flags(p)
     args = p.parse_args(argv)
+    if empty := [name for name in ("data", "write_with", "prompts") if getattr(args, name) == ""]:
+        raise InputError(f"--{empty[0].replace('_', '-')} is empty: name what it is to read, or leave it out")
     own = "out prompts max_new_tokens batch_size temperature overwrite device dtype".split()
     for name in own if args.write_with is None else ("data", "split", "make_tokenizer"):
         if getattr(args, name) != p.get_default(name):

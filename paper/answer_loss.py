@@ -20,18 +20,18 @@ from flags import Parser, add_machine_flags, real, seed_number, whole
 from tqdm import tqdm
 
 from branches import picture
-from budgets import evaluate
+from budgets import budget_of_chance, evaluate
 from curves import HEADER, line_of, lines_at, plot
 from data import load_examples
-from disk import check_writable, write
-from gates import SkipPolicy, check_budget, skippable_share
+from disk import only_one, write
+from gates import SkipPolicy, check_budget
 from load_weights import load_model, model_digest, read_json
-from opened import dense_macs, open_with_items
+from opened import check_own, dense_macs, open_with_items
 from read_data import digest
-from savings import branch_costs
 from thresholds import make_policy
 
 NUMBERS = ("skipped", "skipped_per_call", "macs_saved", "work_skipped")
+TEXTS, FIGURES = ("model", "digest", "policy"), ("budget", "loss", "perplexity", "accuracy", *NUMBERS, "of_reference")
 
 
 def plan(config, budgets, policies):
@@ -45,25 +45,24 @@ def plan(config, budgets, policies):
     return rows
 
 
-def budget_of_chance(config, saved):
-    """The budget at which random skipping saves as much as this row, in what budgets mean here: as budgets.finish."""
-    skip, measure = config.gateskip.get("skip", "all"), "skipped"
-    share = skippable_share(skip, config.num_hidden_layers)
-    if config.gateskip.get("threshold") == "global":
-        costs = branch_costs(config, skip)
-        measure, share = "work_skipped", sum(costs) / len(costs)
-    return min(max(1.0 - saved[measure] / share, 1e-3), 1.0)
-
-
 def rows_in(file, made_with):
-    """The rows of a stopped command; [] for a new file. InputError for rows of other settings, or another's file."""
+    """The rows of a stopped command; [] for a new file. InputError for rows of other settings, or another's file, or a
+    damaged one."""
     stored = read_json(file) if file.exists() else {"made_with": made_with, "rows": []}
     was = stored.get("made_with")
     if not isinstance(was, dict):
         raise InputError(f"--out {file} is no file of this program: give another --out")
     if changed := [f"{key} {was.get(key)}, now {now}" for key, now in made_with.items() if was.get(key) != now]:
         raise InputError(f"--out {file} holds rows of other settings ({'; '.join(changed)}): give another --out")
-    return stored["rows"]
+    try:
+        rows = stored["rows"]
+        good = all(isinstance(r[key], str) for r in rows for key in TEXTS)
+        good = good and all(math.isfinite(r[key]) for r in rows for key in FIGURES) and isinstance(rows, list)
+    except (KeyError, TypeError, OverflowError):
+        good = False
+    if not good:
+        raise InputError(f"--out {file} is damaged: give another --out")
+    return rows
 
 
 def parse_args(argv):
@@ -88,8 +87,16 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_own("--out", args.out, "made_with")
+    if args.plot and Path(args.plot).resolve() == Path(args.out).resolve():
+        raise InputError(f"--plot {args.plot} is --out, too: the picture would take the place of the rows")
+    with only_one(f"{Path(args.out)}.lock"):                     # else two commands at once lose each other's rows
+        return fill(args)
+
+
+def fill(args):
+    """Measure what --out lacks and print it all."""
     file, (device, dtype) = Path(args.out), pick_device(args.device, args.dtype)
-    check_writable(file.parent)
     examples = load_examples(args.data, "test", args.limit or None)
     plain = isinstance(examples[0], str)
     limit = (0 if plain else 256) if args.limit is None else args.limit

@@ -25,12 +25,13 @@ from flags import Parser, real, whole
 import torch
 from tqdm import tqdm
 
-from bench import check_output, with_gate
+from bench import with_gate
 from bench_peer import Peer
 from data import encode_prompt, load_examples
 from disk import write
 from generate import generate
 from load_weights import check_fit, load_model, load_tokenizer, model_digest
+from opened import check_own
 from savings import Savings
 from thresholds import make_policy
 
@@ -61,7 +62,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.peer and find_spec("transformers") is None:
         raise InputError("--peer transformers: it is not installed (pip install transformers)")
-    check_output("--out", args.out)
+    check_own("--out", args.out, "command", "digest", "rows")
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     check_fit(model, tokenizer)
     if "thresholds" not in model.config.gateskip:
@@ -73,6 +74,9 @@ def main(argv=None):
     if isinstance(examples[0], str):
         raise InputError(f"--data {args.data} is plain text: give a file of questions")
     prompts = [encode_prompt(tokenizer, example.question) for example in examples]
+    room = min(m.config.max_position_embeddings for m in (model, dense)) - max(map(len, prompts))
+    if n > room:
+        raise InputError(f"--new-tokens {n}: the longest prompt leaves the model room for {max(room, 0)}")
     peer = Peer("sdpa", getattr(dense, "source", model.source)) if args.peer else None
     print(f"{args.model}: {len(prompts)} prompts of {sum(map(len, prompts)) / len(prompts):.0f} tokens on average, {n} "
           f"new ones each, {args.repeats} rounds, {torch.get_num_threads()} threads")

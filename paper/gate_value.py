@@ -7,6 +7,7 @@ a gate at its optimum has  benefit := -P dCE/dg = 2 lambda c g  (L2),  or lambda
   held      the other gates keep their values, as in training with --gate-detach
   followed  later gates read what this one lets through, and follow; what they then pay more is taken off
 """
+import io
 import json
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from branches import picture
-from data import answer_places, collate, encode_all, load_examples
+from data import answer_places, collate, load_examples
+from disk import write
 from gates import check_budget, sparsity_loss
-from load_weights import load_model, load_tokenizer, model_digest
+from load_weights import model_digest
+from opened import check_own, open_with_items, settings_of
 from savings import branch_costs
 from thresholds import chunks, make_policy
 
@@ -94,7 +97,8 @@ def draw(rows, path):
                 axis.set(xscale="log", xlabel="2 λ c g, nats", ylabel="benefit, −P ∂CE/∂g, nats", title=r["title"])
                 axis.set_yscale("symlog", linthresh=0.1)
                 axis.legend(fontsize=7, framealpha=0.6)
-    figure.savefig(path, dpi=110)
+    figure.savefig(drawn := io.BytesIO(), dpi=110, format="png")
+    write(path, drawn.getvalue())
 
 
 def main(argv=None):
@@ -109,22 +113,26 @@ def main(argv=None):
     add("--sparsity-weight", type=real(0.0, above=True), **several)
     add("--sparsity-loss", choices=("l2", "l1"), **several)
     add("--sparsity-cost", choices=("equal", "macs"), **several)
-    args, rows = p.parse_args(argv), []
+    args, rows, price = p.parse_args(argv), [], ("sparsity_weight", "sparsity_loss", "sparsity_cost")
+    check_own("--out", file := args.out and Path(args.out).with_suffix(".json"), "command", "runs")
+    for key in price:
+        if (n := len(vars(args)[key] or [0])) not in (1, len(args.model)):
+            raise InputError(f"--{key.replace('_', '-')}: {n} values, {len(args.model)} runs: give one, or one per run")
     for i, name in enumerate(args.model):
-        model = load_model(name)
+        model, _, items, _ = open_with_items(name, load_examples(args.data, "test", args.limit), 0)
         if model.config.gate is None:
             raise InputError(f"--model {name} has no gates: give a model that was trained with them")
-        state = model.source / "train_state.pt"                  # some lack it
-        known = torch.load(state, "cpu", weights_only=True)["settings"] if state.exists() else model.config.gateskip
-        given = [vars(args)[key] or [known.get(key)] for key in ("sparsity_weight", "sparsity_loss", "sparsity_cost")]
-        weight, loss, cost = (values[i % len(values)] for values in given)
-        if weight is None or loss not in ("l2", "l1") or {*map(len, given)} - {1, len(args.model)}:
-            raise InputError(f"{name}: --sparsity-weight or -loss (l2, l1) is not recorded: give one, or one per run")
-        items, _ = encode_all(load_examples(args.data, "test", args.limit), load_tokenizer(name),
-                              model.config.eos_ids[0], model.config.max_position_embeddings)
+        known = settings_of(model)
+        weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in price))
+        fits = {"weight": type(weight) in (int, float) and 0 < weight < float("inf"), "loss": loss in ("l2", "l1"),
+                "cost": cost in (None, "equal", "macs")}         # older versions knew equal costs only
+        if lack := ", ".join(f"--sparsity-{flag}" for flag, good in fits.items() if not good):
+            raise InputError(f"{name}: {lack}: not recorded, or no price can be made of it: give it")
         costs = branch_costs(model.config) if cost == "macs" else [1.0] * 2 * model.config.num_hidden_layers
         m = measure(model, items, make_policy(model.config, "frozen", args.budget), weight, loss, costs)
         m["kept"][[b for b in args.without if b < len(costs)]] = False
+        if not m["kept"].any():
+            raise InputError(f"{name}: nothing runs: give a larger --budget, or leave out less")
         r = {"title": f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}", "seed": known.get("seed"),
              "digest": model_digest(model.source), "gate": m["gate"].mean().item(),
              "run": m["kept"].double().mean().item(), **{how: compare(m, how) for how in HOW}}
@@ -133,7 +141,7 @@ def main(argv=None):
             print("{}, {}: slope {:.2f} ± {:.2f}; r, rho of pairs {:.2f} {:.2f}, bins {:.2f} {:.2f}, branches {:.2f} "
                   "{:.2f}".format(r["title"], how, *(x for key in LINE for x in r[how][key])))
     numbers = {"command": " ".join(["python", *sys.argv]), **vars(args), "runs": [r for r, _ in rows]}
-    Path(args.out).with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    write(file, json.dumps(numbers, indent=1))
     draw(rows, args.out)
     return print(f"written: {args.out}, and the numbers beside it")
 

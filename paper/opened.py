@@ -1,5 +1,5 @@
-"""What these scripts begin with: a model, what it reads of a data file (as the table at the end of train.py does), and
-the work that a dense model has with it.
+"""What these scripts begin with: the file to write, a model, what it reads of a data file (as the table at the end of
+train.py does), and the work that a dense model has with it.
 """
 import sys
 from pathlib import Path
@@ -8,29 +8,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError
 
+import torch
+
+from bench import check_output
 from data import batch_at, collate, encode_all
-from load_weights import check_fit, load_model, load_tokenizer
+from load_weights import check_fit, load_model, load_tokenizer, read_json
 from savings import count_macs
 from thresholds import chunks
 
 
-def open_with_items(source, examples, limit, seq_len, device, dtype):
+def check_own(flag, path, *keys):
+    """InputError unless this JSON file can be written: it is new, or an object with these keys and so a script's own.
+    The flag is what names it."""
+    if not str(path):
+        raise InputError(f"{flag} is empty: name a file")
+    check_output(flag, path)
+    try:
+        ours = not Path(path).exists() or set(keys) <= set(read_json(path))
+    except InputError:                                           # no JSON, or no object
+        ours = False
+    if not ours:
+        raise InputError(f"{flag} {path} is no file of this program: give another {flag}")
+
+
+def open_with_items(source, examples, limit, seq_len=None, device="cpu", dtype=torch.float32):
     """(model, its tokenizer, items: a list of (ids, loss_mask), how many examples were too long and left out).
 
     Items are the first `limit` examples (0: all); of plain text windows of up to seq_len tokens, from all over its
-    first `limit` documents where that gives more. InputError for what cannot be read with this model.
+    first `limit` documents where that gives more; seq_len None: as many as the model has positions. InputError for what
+    cannot be read with this model.
     """
     model, tokenizer = load_model(source, device=device, dtype=dtype), load_tokenizer(source)
     check_fit(model, tokenizer)
     if not model.config.eos_ids:
         raise InputError(f"{source} names no eos_token_id in config.json or generation_config.json: an answer needs a "
                          "token that ends it")
+    seq_len = seq_len or model.config.max_position_embeddings
     if seq_len > model.config.max_position_embeddings:
         raise InputError(f"--seq-len {seq_len} exceeds {source}'s {model.config.max_position_embeddings} positions")
     items, dropped = encode_all(examples[:limit or None], tokenizer, model.config.eos_ids[0], seq_len)
     if limit and len(items) > limit:
         items = [items[i] for i in batch_at(len(items), limit, 0, 0)]            # as data.load_sets picks them
     return model, tokenizer, items, dropped
+
+
+def settings_of(model):
+    """The flags that a run was trained with, or the few that config.json keeps. InputError for a damaged state."""
+    state = model.source / "train_state.pt"                      # some lack it
+    try:
+        return dict(torch.load(state, "cpu", weights_only=True, mmap=True)["settings"] if state.exists()
+                    else model.config.gateskip)
+    except Exception:  # pickle's and torch's are of many kinds
+        raise InputError(f"{state} is damaged: move it away, and config.json is asked instead") from None
 
 
 def dense_macs(config, items):

@@ -8,6 +8,7 @@ once, without training, and what is left is saved as a Hugging Face folder like 
 
 Shapes: B batch, S sequence, H hidden, L layers.
 """
+import os
 import sys
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    if Path(args.out).exists():
+    if os.path.lexists(args.out or "."):                         # a link that leads nowhere is there, too
         raise InputError(f"--out {args.out} exists: give the name of a new folder")
     check_writable(Path(args.out).parent)
     device, dtype = pick_device(args.device, args.dtype)

@@ -1,5 +1,6 @@
 """Tests of paper/decode_time.py: what is compared with what, under fake times."""
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -85,6 +86,24 @@ def test_what_cannot_be_timed_is_refused_before_the_work(models, tmp_path, monke
         monkeypatch.setattr(decode_time, name, of)
     for said, flags in {"no gates with": dict(model=models["dense"]), "has gates": dict(dense=models["model"]),
                         "is plain text": dict(data=ROOT / "requirements.txt"), "cannot be written": dict(out=tmp_path),
+                        "--new-tokens 600: the longest prompt leaves the model room for 4": dict(new_tokens=600),
                         "--peer transformers: it is not installed": dict(peer="transformers")}.items():
         assert said in complaint(timed, flags.pop("out", tmp_path / "rows.json"), "0.2", **models | flags)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_only_its_own_file_is_written_over(models, tmp_path, monkeypatch):
+    """A run's config.json, or another script's rows, gone for a table of times; its own file refused."""
+    file = tmp_path / "rows.json"
+    file.write_text('{"command": "", "digest": "", "rows": []}')
+    timed(file, "0.2", repeats=1, **models)
+    timed(file, "0.2", repeats=1, **models)
+    monkeypatch.setattr(decode_time, "generate", None)
+    shutil.copy(models["model"] / "config.json", tmp_path)
+    for name, text in {"config.json": None, "eval.json": '{"made_with": {}, "rows": []}', "list.json": "[]",
+                       "notes.txt": "my own", "empty": ""}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        before = (tmp_path / name).read_bytes()
+        assert "is no file of this program: give another --out" in complaint(timed, tmp_path / name, "0.2", **models)
+        assert (tmp_path / name).read_bytes() == before

@@ -105,16 +105,46 @@ def test_skipped_pairs_are_left_out():
     assert compare(m, "held")["pairs"] == correlations(m["value"][kept], m["held"][kept])
 
 
-def test_command(tmp_path):
-    """Flags of another run; what is not there found after the work, or as a traceback."""
+def test_command(tmp_path, monkeypatch):
+    """Flags of another run; what is not there found after the work, or as a traceback; a kill that leaves half a file;
+    somebody else's .json beside the picture written over."""
     for name, gate in (("run", GateConfig("scalar")), ("dense", None)):
         model, tokenizer = toy(tmp_path / "made", gate)
         save_model(model, tmp_path / name, tokenizer)
     flags = lambda *names, to="a.png": [*"--limit 3 --sparsity-weight 0.1 --sparsity-loss l2 l1 --out".split(),
                                         str(tmp_path / to), "--model", *(str(tmp_path / name) for name in names)]
     main(flags("run", "run"))
-    assert [r["title"][:7] for r in json.loads((tmp_path / "a.json").read_text())["runs"]] == ["run: l2", "run: l1"]
-    assert (tmp_path / "a.png").exists()
-    for said, words in {"has no gates": flags("dense"), "config.json": flags(""), "not recorded": flags("run")[7:],
-                        "one per run": flags("run", "run", "run"), "written": flags("run", to="no/a.png")}.items():
+    file, written = tmp_path / "a.json", {}
+    assert [r["title"][:7] for r in json.loads(file.read_text())["runs"]] == ["run: l2", "run: l1"]
+    monkeypatch.setattr("gate_value.write", lambda path, content: written.update({str(path)[-5:]: content[:4]}))
+    main(flags("run", "run"))                                    # its own numbers may be written over
+    assert written == {".json": '{\n "', "a.png": (tmp_path / "a.png").read_bytes()[:4]}
+    monkeypatch.setattr("gate_value.measure", None)
+    (tmp_path / "b.json").mkdir()
+    for said, words in {"has no gates": flags("dense", "dense"), "config.json": flags("", ""),
+                        "not recorded": flags("run")[7:], "one per run": flags("run", "run", "run"),
+                        "--sparsity-loss: 2 values, 1 runs": flags("run"), "is empty": [*flags("run"), "--out", ""],
+                        "b.json cannot be": flags("run", to="b.png"), "written": flags("run", to="no/a.png")}.items():
         assert said in complaint(main, words), said
+    for text in '{"rows": [], "made_with": {}}', "mine":
+        file.write_text(text)
+        assert f"--out {file} is no file of this" in complaint(main, flags("run")) and file.read_text() == text
+
+
+def test_what_a_run_recorded_may_be_of_no_use(tmp_path):
+    """A traceback, or a table of NaN, for no price, no end token, thresholds that nothing passes, or half a state."""
+    (model, tokenizer), state = toy(tmp_path / "run", GateConfig("scalar")), tmp_path / "run" / "train_state.pt"
+    good = dict(sparsity_weight=0.1, skip="all", kv="copy_up", thresholds={"1.0": [0.0] * 4, "0.5": [1.0] * 4})
+    go = lambda: main(f"--model {tmp_path}/run --sparsity-loss l2 --limit 3 --budget .5 --out {tmp_path}/a.png".split())
+    for key, said, *values in (("sparsity_weight", "--sparsity-weight: not rec", 0, -1, "0.1", True, float("nan")),
+                               ("sparsity_cost", "--sparsity-cost: not rec", "flops", ["macs"]),
+                               ("eos", "names no eos", None), ("eos", "outside", 999), ("eos", "nothing runs", 1)):
+        for value in values:
+            model.config.gateskip = good | {key: value}
+            model.raw_config["eos_token_id"] = model.config.gateskip.pop("eos", 1)
+            save_model(model, tmp_path / "run", tokenizer)
+            assert said in complaint(go), (key, value)
+    torch.save({"settings": 3}, state)
+    for content in state.read_bytes(), state.read_bytes()[:100], b"":
+        state.write_bytes(content)
+        assert complaint(go).startswith(f"{state} is damaged: move it away")

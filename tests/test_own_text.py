@@ -1,7 +1,9 @@
 """Tests of own_text.py: what rows hold, where texts begin and end, and a file that goes on whatever stopped it."""
 import errno
+import hashlib
 import json
 import os
+import socket
 import subprocess
 
 import pytest
@@ -31,13 +33,13 @@ def gated(tmp_path_factory):
     torch.manual_seed(1)
     model, tokenizer = toy(path, GateConfig(form="scalar"))
     model.config.gateskip = {"skip": "all", "kv": "copy_up", "budget_end": 0.9,
-                             "thresholds": {"1.0": [0.0] * 4, "0.9": [2.0] * 4}}
+                             "thresholds": {"1.0": [0.0] * 4, "0.9": [1.0] * 4}}
     save_model(model, path, tokenizer)
     return path
 
 
-def own(model, out, *switches, **flags):
-    return own_text.main(words(*switches, **{"write_with": model, "out": out, **FLAGS, **flags}))
+def own(model, where, *switches, **flags):
+    return own_text.main(words(*switches, **{"write_with": model, "out": where, **FLAGS, **flags}))
 
 
 def rows(out):
@@ -195,7 +197,7 @@ def test_it_goes_on_after_a_kill_anywhere(folder, tmp_path, monkeypatch):
                 if len(done) == point:
                     raise Killed
                 done.append(name)
-                if name == "sync":
+                if name == "sync" and args[0].is_file():
                     sizes.append(args[0].stat().st_size)
                 return of(*args)
             return call
@@ -207,12 +209,13 @@ def test_it_goes_on_after_a_kill_anywhere(folder, tmp_path, monkeypatch):
                 break
             except Killed:
                 pass
-        if (part / "a.jsonl").exists():
-            with open(part / "a.jsonl", "ab") as file:
-                file.write(tails[point % 3])
+        if (part / "a.jsonl").exists():                          # its last batch torn: a whole one stays as it is
+            recorded = json.loads((part / "a.jsonl.state/progress.json").read_text())["counts"].get("bytes", 0)
+            if (part / "a.jsonl").stat().st_size == recorded:
+                (part / "a.jsonl").write_bytes((part / "a.jsonl").read_bytes() + tails[point % 3])
         assert own(folder, part / "a.jsonl") == 0
         assert files(part) == whole, point
-    assert done == ["write", *("generate", "sync", "write") * 3]
+    assert done == ["generate", "sync", "write", "sync", "write", *("generate", "sync", "write") * 2]
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(whole["a.jsonl"])   # before it is synced, and not at its closing
     calls = says(monkeypatch, [5])
     assert own(folder, tmp_path / "whole/a.jsonl") == 0 and not calls and files(tmp_path / "whole") == whole
@@ -256,12 +259,119 @@ def test_what_is_not_ours_is_left_alone(folder, tmp_path):
         assert out.read_text() == content
     out.unlink()
     assert own(folder, out) == 0 and files(tmp_path) == whole            # nothing is there to be harmed
-    state.write_text("{}")
-    with pytest.raises(InputError, match="was begun with other settings"):
+
+
+def test_rows_of_the_users_are_not_cut_off(folder, tmp_path):
+    """A row that the user appended to a complete file, or many to one that was interrupted, truncated in silence."""
+    out, state = tmp_path / "a.jsonl", tmp_path / "a.jsonl.state/progress.json"
+    assert own(folder, out) == 0
+    whole = files(tmp_path)
+    lines, progress = whole["a.jsonl"].splitlines(True), json.loads(state.read_text())
+    assert len(lines) == 7
+    for drawn, rest in ((7, b"m"), (7, b'{"text": "mine"}\n'), (7, b"\n"), (3, b"mine\n" * 3 + b"m"),
+                        (6, b"mine\n" * 2)):
+        content = b"".join(lines[:drawn])
+        counts = dict(drawn=drawn, texts=drawn, bytes=len(content), tokens=6 * drawn, ended=0)
+        state.write_text(json.dumps(progress | {"counts": counts, "sha256": hashlib.sha256(content).hexdigest()}))
+        out.write_bytes(content + rest)
+        before = files(tmp_path)
+        with pytest.raises(InputError, match="a.jsonl is no longer what was written there: choose .* --overwrite"):
+            own(folder, out)
+        assert files(tmp_path) == before
+        out.write_bytes(content)                                 # with them taken out, it goes on
+        assert own(folder, out) == 0 and out.read_bytes() == whole["a.jsonl"]
+
+
+def test_an_overwritten_file_is_there_until_the_new_one_begins(folder, tmp_path, monkeypatch):
+    """An old file that is gone before the first batch is written; a kill that leaves the old file to a new state, or
+    the new one to the old state, so that nothing goes on."""
+    (tmp_path / "new").mkdir()
+    assert own(folder, tmp_path / "new/a.jsonl", seed=6) == 0
+    new, told = files(tmp_path / "new"), []
+    for point in range(100):
+        part, left = tmp_path / str(point), [point]
+        part.mkdir()
+        assert own(folder, part / "a.jsonl", max_new_tokens=9) == 0
+        old = files(part)
+
+        def killed(of):
+            def call(*args, **kwargs):
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return of(*args, **kwargs)
+            return call
+        with monkeypatch.context() as m:
+            for place, name in ((own_text, "write"), (own_text, "generate"), (own_text, "sync"),
+                                (type(part), "unlink"), (own_text, "continuation")):
+                m.setattr(place, name, killed(getattr(place, name)))
+            try:
+                assert own(folder, part / "a.jsonl", "--overwrite", seed=6) == 0
+                break
+            except Killed:
+                pass
+        if (part / "a.jsonl").exists() and (part / "a.jsonl").read_bytes() == old["a.jsonl"]:
+            assert files(part) == old
+            assert own(folder, part / "a.jsonl", max_new_tokens=9) == 0 and files(part) == old
+            told.append("old")
+        else:
+            assert own(folder, part / "a.jsonl", seed=6) == 0 and files(part) == new, point
+            told.append("new")
+    assert files(part) == new and told == sorted(told, reverse=True) and told.count("old") >= 4
+
+
+def test_a_link_stays_a_link(folder, tmp_path):
+    """A link to another disk that --overwrite replaces by a file."""
+    (tmp_path / "disk").mkdir()
+    out, real = tmp_path / "a.jsonl", tmp_path / "disk/b.jsonl"
+    out.symlink_to(real)
+    for seed in (5, 6):
+        assert own(folder, out, "--overwrite", seed=seed) == 0 and out.is_symlink() and len(rows(real)) == 7
+
+
+DAMAGES = {"missing": lambda s: s.pop("counts"), "sum": lambda s: s.pop("sha256"),
+           "settings": lambda s: s.pop("settings"),
+           **{f"{key} {value!r}": lambda s, key=key, value=value: s.update({key: value})
+              for key in ("counts", "sha256", "settings") for value in ([], None, "x", 7, 0.5)},
+           **{f"{key} {value!r}": lambda s, key=key, value=value: s["counts"].update({key: value})
+              for key in ("drawn", "texts", "bytes", "tokens", "ended") for value in ("3", 3.0, -1, None, [])},
+           **{f"no {key}": lambda s, key=key: s["counts"].pop(key)
+              for key in ("drawn", "texts", "bytes", "tokens", "ended")},
+           "drawn > n": lambda s: s["counts"].update(drawn=8), "texts > drawn": lambda s: s["counts"].update(drawn=6),
+           "ended > drawn": lambda s: s["counts"].update(ended=8)}
+
+
+@pytest.fixture(scope="module")
+def complete(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("complete")
+    assert own(folder, path / "a.jsonl") == 0
+    return path, files(path)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "[", "{}", "null", "7", "\ud800", "[" * 100_000, *DAMAGES],
+                         ids=lambda damage: damage[:20] or "empty")
+def test_a_damaged_state_is_told(folder, complete, damage):
+    """A traceback, texts drawn from a wrong place on, or nonsense counted as done."""
+    complete, before = complete
+    out, state = complete / "a.jsonl", complete / "a.jsonl.state/progress.json"
+    out.write_bytes(before["a.jsonl"])
+    if damage in DAMAGES:
+        stored = json.loads(before["a.jsonl.state/progress.json"])
+        DAMAGES[damage](stored)
+        damage = json.dumps(stored)
+    state.write_bytes(damage.encode(errors="surrogatepass"))
+    damaged = files(complete)
+    with pytest.raises(InputError) as error:
         own(folder, out)
-    state.write_text("[")
-    with pytest.raises(InputError, match="progress.json is not JSON"):
-        own(folder, out)
+    assert str(error.value) == f"--out {out}: {state} is damaged: choose another --out, or --overwrite it"
+    assert files(complete) == damaged
+    assert own(folder, out, "--overwrite") == 0 and files(complete) == before
+
+
+def test_one_text_is_counted_as_one(folder, tmp_path, capsys):
+    """"True texts"."""
+    assert own(folder, tmp_path / "a.jsonl", n=1) == 0
+    assert " 1 texts; 6 tokens" in capsys.readouterr().out
 
 
 def test_one_process_at_a_time(folder, tmp_path):
@@ -296,7 +406,13 @@ def test_a_full_disk_is_told_and_mended(folder, tmp_path, monkeypatch, name):
 # The command.
 
 @pytest.mark.parametrize("flags, told", [
-    (dict(out="no/a.jsonl"), "--out no/a.jsonl: --write-with needs a .jsonl file in a folder that is there"),
+    (dict(out="no/a.jsonl"), "--out no/a.jsonl: --write-with needs a .jsonl file in a folder: no pipe, and not"),
+    *((dict(out=f"{name}.jsonl"), f"--out {name}.jsonl: --write-with needs") for name in (
+        "pipe", "device", "socket")),
+    *((dict(out="own.jsonl", prompts=name), "--out own.jsonl: --write-with needs") for name in (
+        "own.jsonl", "./own.jsonl", "link.jsonl")),
+    (dict(prompts=""), "--prompts is empty: "), (dict(write_with=""), "--write-with is empty: "),
+    (dict(data=""), "--data is empty: "), (dict(n=10 ** 9 + 1), "--n: '1000000001' must be"),
     (dict(out="a.txt"), "--out a.txt: --write-with needs"), (dict(out=""), "--out : --write-with needs"),
     (dict(out="d.jsonl"), "--out d.jsonl: --write-with needs"), (dict(n=0), "--n: '0' must be"),
     (dict(max_new_tokens=512), "--max-new-tokens 512: the longest prompt leaves the model room for 511"),
@@ -308,11 +424,19 @@ def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, flags, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.jsonl").mkdir()
     (tmp_path / "long.txt").write_text("1" * 600)
+    write(tmp_path / "own.jsonl", {"text": "Tom"})
+    os.mkfifo("pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/null")
+    (tmp_path / "link.jsonl").symlink_to("own.jsonl")
+    with socket.socket(socket.AF_UNIX) as there:
+        there.bind("socket.jsonl")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError) as error:
-        own(folder, **{"out": "a.jsonl", **flags})
-    assert str(error.value).startswith(told) and "\n" not in str(error.value)
-    assert sorted(tmp_path.rglob("*")) == before
+    for switches in ([], ["--overwrite"]):
+        with pytest.raises(InputError) as error:
+            own(folder, flags.get("out", "a.jsonl"), *switches, **flags)
+        assert str(error.value).startswith(told) and "\n" not in str(error.value)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert read_examples("own.jsonl") == ["Tom"]
     with pytest.raises(InputError, match="--out None: --write-with needs"):
         own_text.main([])
 

@@ -120,14 +120,18 @@ def test_an_identity_goes_first_and_nothing_changes(tmp_path, capsys):
     assert read_json(tmp_path / "new/config.json") == read_json(tmp_path / "all/config.json") | {"num_hidden_layers": 3}
 
 
-def test_what_cannot_be_removed_is_refused(models, tmp_path):
-    """A traceback, a model without blocks, gates of removed blocks, a folder that is written over."""
+def test_what_cannot_be_removed_is_refused(models, tmp_path, monkeypatch):
+    """A traceback, a model without blocks, gates of removed blocks, a folder that is written over, a link that leads
+    nowhere found after the work."""
     for why, flags in {"--blocks 4 of 4 leaves none: remove at most 3": dict(blocks=4),
                        "--blocks: '0' must be a whole number of at least 1": dict(blocks=0),
                        f"--out {tmp_path} exists: give the name of a new folder": dict(out=tmp_path),
                        f"--model {models['gated']} has gates: give the dense": dict(model=models["gated"])}.items():
         assert complaint(remove, **dict(model=models["dense"], out=tmp_path / "new") | flags).startswith(why)
         assert not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(remove_blocks, "load_examples", None)
+    assert "link exists: give" in complaint(remove, model=models["dense"], out=tmp_path / "link")
 
 
 # answer_loss.py
@@ -205,6 +209,35 @@ def test_a_stopped_command_goes_on(models, tmp_path, monkeypatch):
     assert complaint(go, file) == f"--out {file} is no file of this program: give another --out"
 
 
+def test_two_commands_with_one_file(models, tmp_path, monkeypatch):
+    """Rows of the one that are lost when the other writes; a lock of this file that holds up another file."""
+    file, evaluate, said = tmp_path / "rows.json", answer_loss.evaluate, []
+    go = lambda out: measure(out, model=models["dense"], reference=models["dense"])
+
+    def meanwhile(*args):
+        monkeypatch.setattr(answer_loss, "evaluate", evaluate)
+        said.append(complaint(go, file))
+        assert len(go(tmp_path / "other.json")) == 1
+        return evaluate(*args)
+    monkeypatch.setattr(answer_loss, "evaluate", meanwhile)
+    assert len(go(file)) == 1 and "is being written by process" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "rows.json"]
+
+
+def test_a_damaged_file_of_rows_is_refused_before_the_work(models, tmp_path, monkeypatch):
+    """A traceback, before the first row or after the last; a loss that is no number drawn as a curve."""
+    file, go = tmp_path / "rows.json", lambda: measure(file, model=models["dense"], reference=models["dense"])
+    row, = go()
+    made_with = json.loads(file.read_text())["made_with"]
+    monkeypatch.setattr(answer_loss, "evaluate", None)
+    for rows in [{}, None, 3, [5], ["row"], [[]], [row | {"loss": "1.0"}], [row | {"loss": math.nan}], *(
+            [{key: x for key, x in row.items() if key != lost}] for lost in row)]:
+        file.write_text(json.dumps({"made_with": made_with, "rows": rows}))
+        assert complaint(go) == f"--out {file} is damaged: give another --out"
+    file.write_text(json.dumps({"made_with": made_with}))
+    assert complaint(go) == f"--out {file} is damaged: give another --out"
+
+
 def test_what_cannot_be_compared_is_refused_before_the_work(models, tmp_path, monkeypatch):
     """Hours of rows before the last model turns out to have another tokenizer, or no calibration."""
     monkeypatch.setattr(answer_loss, "evaluate", None)
@@ -212,7 +245,9 @@ def test_what_cannot_be_compared_is_refused_before_the_work(models, tmp_path, mo
     (path / "tokenizer.json").write_text(json.dumps(read_json(path / "tokenizer.json") | {"pre_tokenizer": None}))
     for why, more in {"make different tokens of a text": ["--model", path], "exceeds": ["--seq-len", 600],
                       "is below the smallest calibrated one": ["--budgets", 0.5],
-                      "must end in .png": ["--plot", tmp_path / "x.jpg"]}.items():
+                      "must end in .png": ["--plot", tmp_path / "x.jpg"],
+                      "is --out, too": ["--out", tmp_path / "x.png", "--plot", tmp_path / "other" / ".." / "x.png"],
+                      "--out is empty: name a file": ["--out", ""]}.items():
         assert why in complaint(measure, tmp_path / "rows.json", "--model", models["gated"], *more,
                                 model=models["dense"], reference=models["dense"])
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
