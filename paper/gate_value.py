@@ -33,7 +33,7 @@ HOW, LINE = {"held": "#440154", "followed": "#35b779"}, ("slope", "pairs", "bins
 
 
 def measure(model, items, policy, weight, kind, costs):
-    """Of items (ids, loss_mask): {"gate", "value" (2 lambda c g), "price" (what the benefit should be), "held",
+    """Of items (ids, loss_mask): {"gate", "value" (2 lambda c g), "due" (what the benefit should be), "held",
     "followed": (2L, N) float64; "kept"; "problem" (N,)}. Of a vector gate the mean, and the sum of benefits."""
     pairs, answers = len(costs) * sum(len(ids) for ids, _ in items), sum(sum(mask[1:]) for _, mask in items)
     m, detach = {key: [] for key in ("gate", "kept", *HOW)}, model.config.gate.detach
@@ -51,8 +51,8 @@ def measure(model, items, policy, weight, kind, costs):
         m["kept"].append(torch.stack(trace.keep)[:, valid])
     model.config.gate.detach = detach
     m, c = {key: torch.cat(x, -1) for key, x in m.items()}, weight * torch.tensor(costs, dtype=torch.float64)[:, None]
-    price = 2 * c * m["gate"] if kind == "l2" else c.expand_as(m["gate"])        # is no part of the benefit: taken out
-    return m | {"value": 2 * c * m["gate"], "price": price, **{how: m[how] + price for how in HOW},
+    due = 2 * c * m["gate"] if kind == "l2" else c.expand_as(m["gate"])          # is no part of the benefit: taken out
+    return m | {"value": 2 * c * m["gate"], "due": due, **{how: m[how] + due for how in HOW},
                 "problem": torch.arange(len(items)).repeat_interleave(torch.tensor([len(ids) for ids, _ in items]))}
 
 
@@ -70,15 +70,15 @@ def mean_of(y, weights, problem):
 
 def compare(m, how):
     """Of pairs that run: correlations of benefit and value over "pairs", 20 "bins" of as many, "branches" (there a pair
-    weighs g (1 - g), as in a bias); "slope" of benefit on price; "points" (branch, value, price, benefit, error)."""
-    gate, value, price, benefit, problem = (m[key].expand_as(m["kept"])[m["kept"]] for key in
-                                            ("gate", "value", "price", how, "problem"))
+    weighs g (1 - g), as in a bias); "slope" of benefit on due; "points" (branch, value, due, benefit, error)."""
+    gate, value, due, benefit, problem = (m[key].expand_as(m["kept"])[m["kept"]] for key in
+                                          ("gate", "value", "due", how, "problem"))
     branch, points = torch.where(m["kept"])[0], {}
     for name, groups, w in (("bins", value.argsort().tensor_split(20), torch.ones_like(gate)),
                             ("branches", [torch.where(branch == b)[0] for b in branch.unique()], gate * (1 - gate))):
-        points[name] = [[int(branch[i[0]]), *(mean_of(x[i], w[i], problem[i])[0] for x in (value, price)),
+        points[name] = [[int(branch[i[0]]), *(mean_of(x[i], w[i], problem[i])[0] for x in (value, due)),
                          *mean_of(benefit[i], w[i], problem[i])] for i in groups if len(i)]
-    return {"slope": mean_of(benefit / price, price ** 2, problem), "pairs": correlations(value, benefit)} | {
+    return {"slope": mean_of(benefit / due, due ** 2, problem), "pairs": correlations(value, benefit)} | {
         name: correlations(*torch.DoubleTensor(x).T[[1, 3]]) for name, x in points.items()} | {"points": points}
 
 
@@ -91,8 +91,8 @@ def draw(rows, path):
             for axis, marker, name, points in ((left, "o", "20 bins of pairs", bins),
                                                (right, "o", "attention", [p for p in by if p[0] % 2 == 0]),
                                                (right, "s", "MLP", [p for p in by if p[0] % 2 == 1])):
-                _, value, price, benefit, error = zip(*points)
-                axis.plot(value, price, "_", color="#e07b00", ms=12, label="as derived" * (how + marker == "heldo"))
+                _, value, due, benefit, error = zip(*points)
+                axis.plot(value, due, "_", color="#e07b00", ms=12, label="as derived" * (how + marker == "heldo"))
                 axis.errorbar(value, benefit, error, color=colour, ls="", marker=marker, label=f"{name}, {how}")
                 axis.set(xscale="log", xlabel="2 λ c g, nats", ylabel="benefit, −P ∂CE/∂g, nats", title=r["title"])
                 axis.set_yscale("symlog", linthresh=0.1)
@@ -113,9 +113,9 @@ def main(argv=None):
     add("--sparsity-weight", type=real(0.0, above=True), **several)
     add("--sparsity-loss", choices=("l2", "l1"), **several)
     add("--sparsity-cost", choices=("equal", "macs"), **several)
-    args, rows, price = p.parse_args(argv), [], ("sparsity_weight", "sparsity_loss", "sparsity_cost")
+    args, rows, asked = p.parse_args(argv), [], ("sparsity_weight", "sparsity_loss", "sparsity_cost")
     check_own("--out", file := args.out and Path(args.out).with_suffix(".json"), "command", "runs")
-    for key in price:
+    for key in asked:
         if (n := len(vars(args)[key] or [0])) not in (1, len(args.model)):
             raise InputError(f"--{key.replace('_', '-')}: {n} values, {len(args.model)} runs: give one, or one per run")
     for i, name in enumerate(args.model):
@@ -123,7 +123,7 @@ def main(argv=None):
         if model.config.gate is None:
             raise InputError(f"--model {name} has no gates: give a model that was trained with them")
         known = settings_of(model)
-        weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in price))
+        weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in asked))
         fits = {"weight": type(weight) in (int, float) and 0 < weight < float("inf"), "loss": loss in ("l2", "l1"),
                 "cost": cost in (None, "equal", "macs")}         # older versions knew equal costs only
         if lack := ", ".join(f"--sparsity-{flag}" for flag, good in fits.items() if not good):
@@ -143,7 +143,8 @@ def main(argv=None):
     numbers = {"command": " ".join(["python", *sys.argv]), **vars(args), "runs": [r for r, _ in rows]}
     write(file, json.dumps(numbers, indent=1))
     draw(rows, args.out)
-    return print(f"written: {args.out}, and the numbers beside it")
+    print(f"written: {args.out}, and the numbers beside it")
+    return 0
 
 
 if __name__ == "__main__":

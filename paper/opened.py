@@ -3,6 +3,7 @@ train.py does), and the work that a dense model has with it.
 """
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -58,7 +59,7 @@ def settings_of(model):
     try:
         return dict(torch.load(state, "cpu", weights_only=True, mmap=True)["settings"] if state.exists()
                     else model.config.gateskip)
-    except Exception:  # pickle's and torch's are of many kinds
+    except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, UnpicklingError):
         raise InputError(f"{state} is damaged: move it away, and config.json is asked instead") from None
 
 

@@ -79,7 +79,7 @@ def test_free_gates_settle_at_their_price(kind, form, cost):
     inside = (m["gate"] > 0.01) & (m["gate"] < 0.99) | (kind == "l2")            # l1 drives most to an end
     assert inside.sum() > 1
     for how in HOW:                                              # with another constant it does not hold
-        off = [(m[how] - factor * m["price"])[inside].abs().max() for factor in (1, 2)]
+        off = [(m[how] - factor * m["due"])[inside].abs().max() for factor in (1, 2)]
         assert off[0] < 1e-3 and off[1] > 0.02
     assert kind == "l1" or compare(m, "held")["slope"][0] == pytest.approx(1, abs=1e-3)
 
