@@ -21,6 +21,7 @@ from gates import GRANULARITIES, KV_OF_SKIPPED, check_budget
 from load_weights import check_fit, load_model, load_tokenizer
 from rows import KVCache
 from savings import Savings, savings_line
+from skip_map import page, run_of, write_page
 from thresholds import make_policy
 from tokens import chat_template, continuation, encode, pieces
 
@@ -56,11 +57,11 @@ class Generation:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=Sampling(), compute="compact",
-             on_token=None):
+             on_token=None, on_pass=None):
     """Algorithm 2. Continue every prompt (a list of token ids) by at most max_new_tokens; returns a Generation.
 
-    on_token(i, id) is called for each new token of prompt i as it comes. InputError for an empty prompt, and for a
-    length beyond the model's positions.
+    on_token(i, id) is called for each new token of prompt i as it comes, and on_pass(trace) after each pass with its
+    model.Trace. InputError for an empty prompt, and for a length beyond the model's positions.
     """
     device, config, lengths = next(model.parameters()).device, model.config, [len(p) for p in prompts]
     if not prompts or min(lengths) == 0:
@@ -83,6 +84,8 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
         # h_0 of line 1, and lines 2-13
         logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute, last=True)
         savings.add(trace, "answer" if step else "prompt")
+        if on_pass is not None:
+            on_pass(trace)
         calls.append((active, trace.valid, torch.stack(trace.keep).float().mean(0)))                  # (B, S)
         ids, valid = sampling.draw(logits)[:, None], None        # line 16: (B, 1)
         new = ids[:, 0].tolist()                                 # a host synchronisation; compact has one a branch too
@@ -163,8 +166,12 @@ def parse_args(argv):
     add("--question", type=lambda text: ("question", text), **asked,
         help="a question, put into the training template; may be given several times")
     add("--chat", action="store_true", help="put each of them into the model's own chat template instead")
-    add("--budget", type=check_budget,
+    one_or_many = p.add_mutually_exclusive_group()
+    one_or_many.add_argument(
+        "--budget", type=check_budget,
         help="share of tokens a branch keeps, or of work that runs; default: of those calibrated the nearest to 0.85")
+    one_or_many.add_argument("--budgets", type=check_budget, nargs="+", metavar="B",
+                             help="with --html: generate at each of them, in the order of its slider")
     add("--policy", choices=("auto", "frozen", "batch", "random", "topk", "none"), default="auto",
         help="auto: frozen if calibrated, else batch")
     add("--skip", choices=GRANULARITIES, help="default: as trained")
@@ -177,6 +184,7 @@ def parse_args(argv):
     add("--seed", type=seed_number, default=0, help="of sampling and of random skipping")
     add("--show-compute", action="store_true", help="shade every token by the share of branches that ran for it")
     add("--show-branches", **SHOW_BRANCHES)
+    add("--html", type=page, metavar="FILE", help="draw what was skipped into this web page; for one text")
     add_machine_flags(p)
     args = p.parse_args(argv)
     if not args.asked:
@@ -184,6 +192,10 @@ def parse_args(argv):
     for flag, text in args.asked:
         if re.search("[\ud800-\udfff]", text):
             raise InputError(f"a --{flag} is not UTF-8 text")
+    if args.html and len(args.asked) > 1:
+        raise InputError(f"--html {args.html} shows one text: give one --prompt or --question")
+    if args.budgets and not args.html:
+        raise InputError("--budgets is for --html FILE: give that too, or one --budget")
     return args
 
 
@@ -193,40 +205,54 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
     known = [b for b in map(float, model.config.gateskip.get("thresholds", ())) if b < 1.0] or [0.85]
-    budget = args.budget or (min(known, key=lambda b: abs(b - 0.85)) if model.config.gate is not None else 1.0)
-    policy = make_policy(model.config, args.policy, budget, skip=args.skip, kv=args.kv, seed=args.seed, device=device)
+    default = min(known, key=lambda b: abs(b - 0.85)) if model.config.gate is not None else 1.0
+    policies = [make_policy(model.config, args.policy, budget, args.skip, args.kv, args.seed, device)
+                for budget in args.budgets or [args.budget or default]]
+    policies = list({policy.budget: policy for policy in policies}.values())     # each once; of "none" there is but one
     if args.chat:
         texts = [chat_template(model, [{"role": "user", "content": text}]) for _, text in args.asked]
     else:
         texts = [prompt_text(text) if flag == "question" else text for flag, text in args.asked]
     prompts = [encode(tokenizer, text, front=not args.chat) for text in texts]   # a chat template brings its own BOS
 
-    stream = Stream(tokenizer, prompts[0]) if len(prompts) == 1 and not args.show_compute else None
-    if stream:
-        print(texts[0], end="", flush=True)
-    started = time.perf_counter()
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
-    result = generate(model, prompts, args.max_new_tokens, policy, eos_ids=set(model.config.eos_ids), sampling=sampling,
-                      compute=args.compute, on_token=stream and stream.add)
-    seconds = time.perf_counter() - started
-
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    if stream:
-        stream.end()
-    for i, (prompt, new) in enumerate(zip(prompts, result.tokens) if not stream else ()):
-        if len(prompts) > 1:
-            print(f"--- {i + 1}")
-        if args.show_compute:
-            print(shade(pieces(tokenizer, prompt + new), result.ran[i], colour))
-        else:
-            print(f"{texts[i]}{continuation(tokenizer, prompt, new)}")
-    count = sum(map(len, result.tokens))
-    print(f"\n{legend(colour)}" if args.show_compute else "")
-    report = result.savings.report()
-    print(f"{policy.kind}, budget {policy.budget}: {savings_line(report, args.compute)}")
+    branches, maps = {}, []                                      # {budget: parts of each branch}, a skip map per budget
+    for policy in policies:
+        stream, traces = Stream(tokenizer, prompts[0]) if len(prompts) == 1 and not args.show_compute else None, []
+        if len(policies) > 1:
+            print(f"--- budget {policy.budget:g}")
+        if stream:
+            print(texts[0], end="", flush=True)
+        started = time.perf_counter()
+        draw = Sampling(args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed))
+        result = generate(model, prompts, args.max_new_tokens, policy, eos_ids=set(model.config.eos_ids), sampling=draw,
+                          compute=args.compute, on_token=stream and stream.add, on_pass=args.html and traces.append)
+        seconds = time.perf_counter() - started
+
+        if stream:
+            stream.end()
+        for i, (prompt, new) in enumerate(zip(prompts, result.tokens) if not stream else ()):
+            if len(prompts) > 1:
+                print(f"--- {i + 1}")
+            if args.show_compute:
+                print(shade(pieces(tokenizer, prompt + new), result.ran[i], colour))
+            else:
+                print(f"{texts[i]}{continuation(tokenizer, prompt, new)}")
+        count = sum(map(len, result.tokens))
+        print(f"\n{legend(colour)}" if args.show_compute else "")
+        report = result.savings.report()
+        saved = f"{policy.kind}, budget {policy.budget}: {savings_line(report, args.compute)}"
+        print(saved)
+        branches[policy.budget] = parts_of(report)
+        if args.html:
+            tokens = pieces(tokenizer, prompts[0] + result.tokens[0])
+            maps.append(run_of(model.config, policy, traces, tokens, len(prompts[0]), saved))
+        print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
     if args.show_branches is not None:
-        show(policy.kind, {policy.budget: parts_of(report)}, args.show_branches)
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+        show(min(policies, key=lambda policy: policy.budget).kind, branches, args.show_branches)
+    if args.html:
+        write_page(args.html, args.model, maps)
+        print(f"written: {args.html}")
     return 0
 
 
