@@ -119,10 +119,13 @@ def means(gates, valid):
     return gates[:, valid].mean((1, 2))                          # (N,)
 
 
-def attention(hidden, heads, kv_heads, head_dim, keys, tokens, kept, gate, looks=2, out=2, kv=None, gated=None):
-    """attention_macs; with its mistakes: products left out, K and V or the gate for the wrong tokens."""
-    q, k = hidden * heads * head_dim, hidden * kv_heads * head_dim
-    return (kept * (out * q + looks * heads * head_dim * keys) + (kept if kv is None else kv) * 2 * k
+def attention(hidden, heads, kv_heads, head_dim, keys, tokens, kept, gate, looks=2, out=2, pair=2, kv=None, gated=None,
+              wide=None, look=None):
+    """attention_macs; with its mistakes: products left out, K and V or the gate for the wrong tokens, another width of
+    W_q and W_o, other numbers per key."""
+    width = heads * head_dim
+    q, k = hidden * (wide or width), hidden * kv_heads * head_dim
+    return (kept * (out * q + looks * (look or width) * keys) + (kept if kv is None else kv) * pair * k
             + (tokens if gated is None else gated) * hidden * gate)
 
 
@@ -130,27 +133,34 @@ def mlp(hidden, inner, tokens, kept, gate, matrices=3, gated=None):
     return kept * matrices * hidden * inner + (tokens if gated is None else gated) * hidden * gate
 
 
-def freeze(scores, q, pick=min, tie=1e-6, end=1e-4):
-    """frozen_threshold with its mistakes: the wrong one of the two cuts, another tie, another way out at the ends."""
+def share(scores, cut):
+    return (scores <= cut).double().mean()
+
+
+def freeze(scores, q, pick=min, tie=1e-6, end=1e-4, below_by=torch.max, above_by=torch.min, shares=(share, share)):
+    """frozen_threshold with its mistakes: the wrong one of the two cuts, another tie, another way out at the ends, a
+    neighbour that is none, other shares of low and high."""
     tau = quantile_threshold(scores, q)
     tied = scores[(scores - tau).abs() <= tie]
     low, high = (tied.min(), tied.max()) if len(tied) else (tau, tau)
     below, above = scores[scores < low], scores[scores > high]
     if not len(tied):
         return (below.max() + above.min()) / 2
-    cuts = ((below.max() + low) / 2 if len(below) else low - end,
-            (above.min() + high) / 2 if len(above) else high + end)
-    return pick(cuts, key=lambda cut: abs((scores <= cut).double().mean() - q))
+    cuts = ((below_by(below) + low) / 2 if len(below) else low - end,
+            (above_by(above) + high) / 2 if len(above) else high + end)
+    return pick(cuts, key=lambda cut: abs(shares[cut > tau](scores, cut) - q))
 
 
-def quantile_step(old, scores, costs, valid, points, mix=0.9, equal=False, free=False):
-    """update_quantile; with its mistakes: the mixture, equal weights, branches that cost nothing among the others."""
+def quantile_step(old, scores, costs, valid, points, mix=0.9, equal=False, free=False, ordered=True):
+    """update_quantile; with its mistakes: the mixture, equal weights, branches that cost nothing among the others,
+    weights that stay where they were when the scores are sorted."""
     weights = costs[:, None] * valid                             # (N, S)
     counted = valid.expand_as(weights) if free else weights > 0
     s, order = scores[counted].sort()
-    total = (torch.ones_like(weights) if equal else weights)[counted][order].cumsum(0)
-    share = torch.linspace(0, 1, points, dtype=total.dtype) * total[-1]
-    new = s[torch.searchsorted(total, share).clamp(max=len(s) - 1)]
+    each = (torch.ones_like(weights) if equal else weights)[counted]
+    total = (each[order] if ordered else each).cumsum(0)
+    wanted = torch.linspace(0, 1, points, dtype=total.dtype) * total[-1]
+    new = s[torch.searchsorted(total, wanted).clamp(max=len(s) - 1)]
     return new if old is None else mix * old + (1 - mix) * new
 
 
@@ -180,6 +190,9 @@ def speculate(p, q, token, u, accepts=lambda p, q, u: u < p / q, left=lambda p, 
 
 
 FOUR = t(0.61, 0.70, 0.64, 0.75)
+EIGHT = t(0.1, 0.2, 0.3, 0.5, 0.5, 0.5, 0.8, 0.9)
+THREE = (t([1.0, 2.0], [3.0, 4.0], [5.0, 6.0]), t([0.5, 0.25], [0.9, 0.8], [0.7, 0.6]),
+         t([2.0, 4.0], [1.0, 1.0], [3.0, 5.0]))                  # h, g, o of three tokens: (3, 2) each
 GATES = t([[0.2, 0.4], [0.6, 0.8]], [[0.5, 0.7], [0.9, 0.1]])                                    # (2, 2, 2)
 PADDED = torch.cat([GATES, torch.full((2, 1, 2), 0.95, dtype=torch.float64)], 1)                 # (2, 3, 2)
 LOSS_CASES = [((GATES, mask(True, True)), ""), ((PADDED, mask(True, True, False)), "the last token is padding"),
@@ -261,13 +274,16 @@ CHECKS = {
          "the mask of the skipped tokens: True is kept": lambda s, b, v: v & ~select(s, b, v),
          "the share `budget` of the tokens, counted: eq. 6 compares with a quantile":
              lambda s, b, v: keep_highest(s, math.ceil(b * v.sum() - 1e-9), v),
+         "the share `budget` of the tokens, counted and rounded: eq. 6 compares with a quantile":
+             lambda s, b, v: keep_highest(s, round(b * int(v.sum())), v),
+         "the share `budget` of the tokens, counted and rounded down: eq. 6 compares with a quantile":
+             lambda s, b, v: keep_highest(s, int(b * int(v.sum())), v),
          "pos = (1 - 0.8) * 10 left at 1.9999999999999996: see quantile_threshold": lambda *a: select(
              *a, by=lambda v, q: quantile(v, q, rounded=False, beyond=False))}),
 
     "gated_residual": Check(
         residual,
-        [((t([1.0, 2.0], [3.0, 4.0]), t([0.5, 0.25], [0.9, 0.8]), t([2.0, 4.0], [1.0, 1.0]), mask(True, True)), ""),
-         ((t([1.0, 2.0], [3.0, 4.0]), t([0.5, 0.25], [0.9, 0.8]), t([2.0, 4.0], [1.0, 1.0]), mask(True, False)), ""),
+        [(THREE + (mask(True, True, True),), ""), (THREE + (mask(True, False, True),), ""),
          ((t([1.0, 2.0], [3.0, 4.0]), t([0.5], [0.9]), t([2.0, 4.0], [1.0, 1.0]), mask(True, False)), "a scalar gate"),
          ((t([1.0, 2.0], [3.0, 4.0]), t([0.5, 0.25], [0.9, 0.8]), t([2.0, 4.0], [math.nan] * 2), mask(True, False)),
           "the skipped token's o is NaN"),
@@ -295,6 +311,8 @@ CHECKS = {
              k, at_zero=len(k) - 1),
          "-1 under layer 0: it makes its own": lambda k: copied(k, at_zero=-1),
          "the mask the wrong way round: True ran the attention": lambda k: copied(~k),
+         "copied along the tokens: the copies go up, from layer to layer": lambda k: (
+             torch.where(k, torch.arange(len(k))[:, None], 0).cummax(1).values),
          "no copy: a token that skips makes neither key nor value": lambda k: (
              torch.arange(len(k))[:, None].expand(k.shape)),
          "copied down from the layers above": lambda k: len(k) - 1 - copied(k.flip(0)).flip(0),
@@ -332,7 +350,8 @@ CHECKS = {
     "sparsity_l2_norm": Check(
         lambda gates, valid: loss("l2_norm")(gates, valid), LOSS_CASES,
         {PADDING: lambda g, v: g.pow(2).mean(1).sqrt().mean(),
-         ZEROS: lambda g, v: (g * v[:, None]).pow(2).mean(1).sqrt().mean(),
+         "padding counted as zeros: divide by the square root of the number of valid tokens": lambda g, v: (
+             (g * v[:, None]).pow(2).mean(1).sqrt().mean()),
          SUMMED: lambda g, v: g[:, v].pow(2).mean(1).sqrt().mean(-1).sum(),
          "no division by sqrt(n)": lambda g, v: g[:, v].norm(dim=1).mean(),
          "a division by n: it is by sqrt(n)": lambda g, v: g[:, v].norm(dim=1).mean() / v.sum(),
@@ -356,17 +375,28 @@ CHECKS = {
          "logarithms to base 2": lambda g, v, b: kl(means(g, v), b).sum() / math.log(2),
          "the second term forgotten": lambda g, v, b: (means(g, v) * (means(g, v) / b).log()).sum(),
          "budget 1 as it is: that divides by 1 - 1": lambda g, v, b: kl(means(g, v), b, least=0.0).sum(),
+         "the budget moved into [1e-6, 1 - 1e-6]: it is [0.01, 0.99]": lambda g, v, b: (
+             kl(means(g, v), b, least=1e-6).sum()),
+         "every m_l moved into [0.01, 0.99]: it is [1e-6, 1 - 1e-6]": lambda g, v, b: (
+             kl(means(g, v), b, low=0.01).sum()),
          "a mean gate of 1 as it is: 0 * log(0) is NaN": lambda g, v, b: kl(means(g, v), b, low=0.0).sum()}),
 
     "attention_macs": Check(
         attention,
-        [((8, 4, 4, 2, 0, 1, 1, 0), "four 8 x 8 matrices, no keys"),
-         ((8, 4, 2, 2, 0, 1, 1, 0), "W_k and W_v are 8 x 4"), ((8, 4, 2, 2, 10, 1, 1, 0), "10 keys"),
-         ((8, 4, 2, 2, 10, 5, 3, 0), "3 of 5 tokens"), ((8, 4, 2, 2, 10, 5, 3, 8), "a vector gate"),
-         ((8, 4, 2, 2, 10, 5, 0, 1), "nobody is kept"), ((2048, 32, 8, 64, 512, 100, 85, 2048), "Llama-3.2-1B")],
+        [((24, 6, 2, 4, 0, 1, 1, 0), "W_q and W_o take 24 x 24, W_k and W_v 24 x 8; no keys"),
+         ((24, 6, 2, 4, 10, 1, 1, 0), "10 keys"), ((20, 6, 2, 4, 0, 1, 1, 0), "hidden is not heads * head_dim"),
+         ((20, 6, 2, 4, 10, 1, 1, 0), "hidden is not heads * head_dim"), ((24, 6, 2, 4, 10, 5, 3, 0), "3 of 5 tokens"),
+         ((24, 6, 2, 4, 10, 5, 3, 24), "a vector gate"), ((24, 6, 2, 4, 10, 5, 0, 1), "nobody is kept"),
+         ((2048, 32, 8, 64, 512, 100, 85, 2048), "Llama-3.2-1B")],
         {"as many key-value heads as heads: W_k and W_v have kv_heads * head_dim columns":
              lambda h, a, k, d, n, *rest: attention(h, a, a, d, n, *rest),
          "W_q or W_o forgotten": lambda *a: attention(*a, out=1),
+         "W_k or W_v forgotten": lambda *a: attention(*a, pair=1),
+         "W_q and W_o of hidden x hidden: they have heads * head_dim on one side": lambda *a: attention(*a, wide=a[0]),
+         "hidden numbers for each key: they are heads * head_dim": lambda *a: attention(*a, look=a[0]),
+         "hidden taken for heads * head_dim": lambda *a: attention(*a, wide=a[0], look=a[0]),
+         "head_dim forgotten in the products with keys and values": lambda *a: attention(*a, look=a[1]),
+         "the products of one head with keys and values: every head has its own": lambda *a: attention(*a, look=a[3]),
          "the products with the keys or the sum of the values forgotten": lambda *a: attention(*a, looks=1),
          "no work for the keys and values looked at": lambda *a: attention(*a, looks=0),
          "only kv_heads look at the keys: every head does": lambda h, a, k, d, n, t, kept, g: (
@@ -391,10 +421,14 @@ CHECKS = {
         [((FOUR, 0.5), "tau = 0.67 lies between 0.64 and 0.70"), ((FOUR, 0.4), "tau = 0.652 lies in the same gap"),
          ((t(0.1, 0.4, 0.4, 0.4, 0.4, 0.8), 0.3), "tau = 0.4 is a tie; low skips 1/6, high 5/6"),
          ((t(0.1, 0.4, 0.4, 0.4, 0.4, 0.8), 0.6), "tau = 0.4 is a tie; low skips 1/6, high 5/6"),
+         ((EIGHT, 0.45), "tau = 0.5 is a tie; low skips 3/8, high 6/8"),
+         ((EIGHT, 0.7), "tau = 0.5 is a tie; low skips 3/8, high 6/8"),
+         ((t(0.1, 0.4, 0.4, 0.8), 0.5), "tau = 0.4 is a tie; low skips 1/4, high 3/4: both are as near to q"),
          ((t(0.3, 0.5, 0.9), 0.0), "tau is the smallest score"), ((t(0.3, 0.5, 0.9), 1.0), "tau is the largest score"),
          ((t(0.4, 0.4, 0.4), 0.2), "all scores are equal; low skips nobody, high all"),
          ((t(0.4, 0.4, 0.4), 0.8), "all scores are equal; low skips nobody, high all"),
          ((t(0.1, 0.4, 0.4 + 3e-7, 0.8), 0.6), "two scores 3e-7 apart are tied"),
+         ((t(0.1, 0.4, 0.40001, 0.8), 0.5), "tau is 5e-6 from its neighbours: nothing is tied"),
          ((t(0.8, 0.2, 0.2, 0.6), 0.4), ""), ((draw(9), 0.7), "")],
         {"the quantile itself: it may lie on a score": quantile_threshold,
          "always low, whichever share is nearer to q": lambda s, q: freeze(s, q, lambda cuts, key: cuts[0]),
@@ -404,20 +438,34 @@ CHECKS = {
              s, q, lambda cuts, key: min(cuts, key=lambda cut: abs(cut - quantile_threshold(s, q)))),
          "a quantile moved by 1e-4: a threshold lies in the middle of a gap": lambda s, q: (
              quantile_threshold(s, q) + 1e-4),
+         "high, where both shares are as near to q: low then": lambda s, q: freeze(
+             s, q, lambda cuts, key: min(cuts[::-1], key=key)),
+         "the share above the cut: it is that of the scores <= cut": lambda s, q: freeze(
+             s, q, shares=(lambda *a: 1 - share(*a),) * 2),
+         "the share above low: it is that of the scores <= low": lambda s, q: freeze(
+             s, q, shares=(lambda *a: 1 - share(*a), share)),
+         "low drawn to the smallest score of all: it is the middle to the next smaller": lambda s, q: freeze(
+             s, q, below_by=torch.min),
+         "high drawn to the largest score of all: it is the middle to the next larger": lambda s, q: freeze(
+             s, q, above_by=torch.max),
          "infinity beyond the ends: it is 1e-4 from the last score": lambda s, q: freeze(s, q, end=math.inf),
-         "only equal scores tied: those within 1e-6 of tau are": lambda s, q: freeze(s, q, tie=0.0)}),
+         "1e-6 beyond the ends: it is 1e-4 from the last score": lambda s, q: freeze(s, q, end=1e-6),
+         "only equal scores tied: those within 1e-6 of tau are": lambda s, q: freeze(s, q, tie=0.0),
+         "scores within 1e-4 of tau tied: those within 1e-6 are": lambda s, q: freeze(s, q, tie=1e-4)}),
 
     "update_quantile": Check(
         running,
         [((None, t([0.4, 0.1, 0.3, 0.2]), t(1.0), mask(True, True, True, True), 5), ""),
-         ((None, t([0.1, 0.2], [0.3, 0.4]), t(0.5, 1.5), mask(True, True), 5), "weights 0.5, 0.5, 1.5, 1.5: 4 in all"),
+         ((None, t([0.4, 0.1], [0.2, 0.3]), t(0.5, 1.5), mask(True, True), 5),
+          "0.1, 0.2, 0.3 and 0.4 weigh 0.5, 1.5, 1.5 and 0.5"),
          ((None, t([0.5, 0.7, 0.6], [0.1, 0.2, 0.3]), t(2.0, 0.0), mask(True, True, True), 3),
           "the second branch costs nothing: its scores are left out"),
          ((None, t([0.5, 0.7, 0.1, 0.9]), t(1.0), mask(True, True, False, False), 3), "the last two are padding"),
          ((t(0.0, 0.5, 1.0), t([0.4, 0.6, 0.2]), t(1.0), mask(True, True, True), 3), "not the first step"),
          ((draw(101).sort().values, draw(4, 7, seed=3), t(0.53, 1.49, 0.0, 1.97), mask(True, True, False, *[True] * 4),
-           101), "")],
+           101), "the costs have more digits than float32 holds")],
         {"scores that all weigh the same: each weighs the cost of its branch": lambda *a: quantile_step(*a, equal=True),
+         "weights left unsorted: each goes with its score": lambda *a: quantile_step(*a, ordered=False),
          "padding among the scores": lambda old, s, c, v, n: quantile_step(old, s, c, torch.ones_like(v), n),
          "a branch that costs nothing among the scores": lambda *a: quantile_step(*a, free=True),
          "0.1 * old + 0.9 * new: it is 0.9 * old + 0.1 * new": lambda *a: quantile_step(*a, mix=0.1),

@@ -15,18 +15,30 @@ def pytest_configure(config):
         config.pluginmanager.register(Lines())
 
 
+def short(name):
+    """What a test is called on the screen: "budget_at" or "bug 3"."""
+    test, _, which = name.removeprefix("test_").rstrip("]").partition("[")
+    return which if test == "exercise" else f"{test} {which}"
+
+
 class Lines:
     """A test's line: its name, and the first line of what its exception says."""
 
     def __init__(self):
         self.right = self.count = 0
+        self.running = self.interrupted = None
+
+    def pytest_runtest_logstart(self, location):
+        self.running = short(location[2])
+
+    def pytest_keyboard_interrupt(self):
+        self.interrupted = f"interrupted in {self.running or 'the search for tests'}"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        test, _, which = item.name.removeprefix("test_").rstrip("]").partition("[")
         said = str(call.excinfo.value) if call.excinfo else "right"
-        report.line = f"{which if test == 'exercise' else f'{test} {which}':<18}  {said.partition(chr(10))[0]}"
+        report.line = f"{short(item.name):<18}  {said.partition(chr(10))[0]}"
         return report
 
     def pytest_runtest_logreport(self, report):
@@ -39,4 +51,5 @@ class Lines:
             print(f"{report.nodeid}: {report.longreprtext.splitlines()[-1]}", flush=True)
 
     def pytest_sessionfinish(self):
-        print(f"{self.right} of {self.count} right" if self.count else "no exercise has such a name")
+        counted = f"{self.right} of {self.count} right" if self.count else "no exercise has such a name"
+        print(self.interrupted or counted)

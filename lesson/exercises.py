@@ -13,7 +13,7 @@ each branch; its mean is the token's score. Tokens with a low score skip the bra
 
 Shapes: B sequences, S tokens in each, H channels (the model's width), L layers, N branches, V words in the vocabulary.
 Tensors are float64 or bool. A function returns something new: it leaves its arguments as they are. Where a number is
-to be returned, a float and a tensor with one element are both right.
+to be returned, a float and a tensor with one element are both right, and a whole number may come in any type.
 """
 import torch
 
@@ -56,8 +56,9 @@ def select_tokens(scores: torch.Tensor, budget: float, valid: torch.Tensor) -> t
         a token with score <= tau is skipped, and the others are kept
 
     The exceptions:  1. At budget 1 every valid token is kept. (As printed, the lowest would be skipped.)
-                     2. If that would keep nobody, the valid tokens with the largest score are kept, all that have it.
-                        (As printed, a lone token, or tokens with equal scores, would all be skipped.)
+                     2. If that would keep nobody in the whole batch, the valid tokens with the largest score are
+                        kept, all that have it. (As printed, a lone token, or tokens with equal scores, would all be
+                        skipped.)
     Where no token is valid, nobody is kept. Returns keep (B, S) bool.
     """
     raise NotImplementedError
@@ -195,9 +196,9 @@ def update_quantile(old: torch.Tensor | None, scores: torch.Tensor, costs: torch
 
     scores (N, S): of N branches and S tokens; costs (N,): the work of a branch for one token, 0 where nobody may skip;
     valid (S,) bool. A score weighs the cost of its branch; that of padding, or of a branch with cost 0, is left out.
-    The quantile is asked for at `points` shares q = 0, 1 / (points - 1), ..., 1:
+    The quantile is asked for at `points` >= 2 shares q = 0, 1 / (points - 1), ..., 1:
 
-        new[q] = the smallest score for which all scores that are not larger weigh at least q * (the weight of all)
+        new[q] = the smallest score t such that the scores <= t together weigh at least q * (the weight of all)
 
     It is always one of the scores: no line is drawn between two of them. At q = 0 it is the smallest.
     old (points,) is what the step before returned, or None before the first step.

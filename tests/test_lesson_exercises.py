@@ -1,6 +1,7 @@
 """Tests of the exercises of lesson/: their checks against solutions, stubs and mistakes of students; what the screen
 says."""
 import ast
+import functools
 import inspect
 import itertools
 import math
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,11 @@ def selector(compare=torch.gt, at_one=True, fallback=True, pool=lambda s, v: s[v
     return choose
 
 
+def top_rounded(scores, budget, valid):
+    best = torch.where(valid, scores, -1).flatten().topk(round(budget * int(valid.sum()))).indices
+    return torch.zeros(valid.numel(), dtype=torch.bool).scatter(0, best, True).view_as(valid)
+
+
 def torchs_quantile(v, q):
     return torch.quantile(v, q)
 
@@ -183,6 +190,10 @@ def cache_of_zero(keep):
 def one_down(keep):
     return torch.tensor([[layer if kept else max(layer - 1, 0) for kept in row]
                          for layer, row in enumerate(keep.tolist())])
+
+
+def along_the_tokens(keep):
+    return torch.where(keep, torch.arange(len(keep))[:, None], 0).cummax(-1).values
 
 
 def own(keep):
@@ -206,6 +217,30 @@ def kl_unclamped(gates, valid, budget):
     return (m * torch.log(m / budget) + (1 - m) * torch.log((1 - m) / (1 - budget))).sum()
 
 
+def kl_barely_clamped(gates, valid, budget):
+    return kl_unclamped(gates, valid, min(max(budget, 1e-6), 1 - 1e-6))
+
+
+def macs(hidden, heads, kv_heads, head_dim, keys, tokens, kept, gate, edit):
+    work = dict(qo=2 * hidden * heads * head_dim, kv=2 * hidden * kv_heads * head_dim, look=2 * heads * head_dim * keys)
+    return kept * sum({**work, **edit}.values()) + tokens * hidden * gate
+
+
+def freezer(below=torch.max, above=torch.min, tie=1e-6, margin=1e-4, low_first=lambda low, high: low <= high,
+            low_counts=torch.le):
+    def cut(scores, q):
+        tau = quantile_threshold(scores, q)
+        tied = [x for x in scores.tolist() if abs(x - tau) <= tie] or [tau]
+        under, over = scores[scores < min(tied)], scores[scores > max(tied)]
+        if tied == [tau] and tau not in scores:
+            return (under.max() + over.min()) / 2
+        low = (below(under) + min(tied)) / 2 if len(under) else min(tied) - margin
+        high = (above(over) + max(tied)) / 2 if len(over) else max(tied) + margin
+        off_low, off_high = (abs(share.double().mean() - q) for share in (low_counts(scores, low), scores <= high))
+        return low if low_first(off_low, off_high) else high
+    return cut
+
+
 def always_low(scores, q):
     s, tau = sorted(scores.tolist()), float(quantile_threshold(scores, q))
     tied = [x for x in s if abs(x - tau) <= 1e-6] or [x for x in s if x > tau]
@@ -226,6 +261,13 @@ def counted(old, scores, costs, valid, points, weigh=True, first=None, keep_old=
         new.append(x)
     new = torch.tensor(new, dtype=torch.float64)
     return (new if first is None else first * new) if old is None else keep_old * old + (1 - keep_old) * new
+
+
+def unsorted(old, scores, costs, valid, points):
+    s, weight = scores[:, valid][costs > 0].flatten(), costs[costs > 0].repeat_interleave(int(valid.sum())).cumsum(0)
+    wanted = torch.linspace(0, 1, points, dtype=torch.float64) * weight[-1]
+    new = s.sort().values[torch.searchsorted(weight, wanted).clamp(max=len(s) - 1)]
+    return new if old is None else 0.9 * old + 0.1 * new
 
 
 def with_padding(old, scores, costs, valid, points):
@@ -252,14 +294,17 @@ WRONG = [
     ("select_tokens", "nobody left", selector(fallback=False)),
     ("select_tokens", "the rule as printed", selector(at_one=False, fallback=False)),
     ("select_tokens", "padding ranked with the valid tokens", selector(pool=lambda s, v: s)),
+    ("select_tokens", "counted and rounded: eq. 6", top_rounded),
     ("select_tokens", "left at 1.9999999999999996", selector(by=torchs_quantile)),
     ("gated_residual", "0 * NaN is NaN", lambda h, g, o, keep: h + (g * o) * keep[:, None].double()),
     ("gated_residual", "h lost where the token skips", lambda h, g, o, keep: torch.where(
         keep.unsqueeze(1), h + g * o, torch.zeros_like(h))),
     ("gated_residual", "no gate", lambda h, g, o, keep: torch.where(keep.unsqueeze(1), h + o, h)),
     ("gated_residual", "changes its arguments", adds_in_place),
+    ("gated_residual", "raised RuntimeError", lambda h, g, o, keep: torch.where(keep, h + g * o, h)),
     ("kv_source", "which is the last layer", cache_of_zero),
     ("kv_source", "one layer down only", one_down), ("kv_source", "no copy", own),
+    ("kv_source", "copied along the tokens", along_the_tokens),
     ("budget_at", "t / T", lambda step, total, start, end: start + (end - start) * (step + 1) / total),
     ("budget_at", "the last step is total - 1", lambda step, total, start, end: start + (end - start) * step / total),
     ("budget_at", "one step alone has budget end", lambda step, total, start, end: (
@@ -272,8 +317,10 @@ WRONG = [
         gates[:, valid], dim=1).mean()),
     ("sparsity_l2_norm", "a norm over the channels", lambda gates, valid: torch.linalg.vector_norm(
         gates[:, valid], dim=-1).mean() / gates.shape[-1] ** 0.5),
+    ("sparsity_l2_norm", "divide by the square root of the number", lambda gates, valid: (
+        (gates * valid[:, None]).norm(dim=1) / len(valid) ** 0.5).mean()),
     ("sparsity_kl", "m_l comes first", kl_by_torch), ("sparsity_kl", "a mean over the branches", kl_mean),
-    ("sparsity_kl", "budget 1 as it is", kl_unclamped),
+    ("sparsity_kl", "budget 1 as it is", kl_unclamped), ("sparsity_kl", "it is [0.01, 0.99]", kl_barely_clamped),
     ("attention_macs", "a gate for kept tokens only", lambda hidden, heads, kv_heads, head_dim, keys, tokens, kept,
         gate: kept * (2 * head_dim * (hidden * (heads + kv_heads) + heads * keys) + hidden * gate)),
     ("attention_macs", "as many key-value heads as heads", lambda hidden, heads, kv_heads, head_dim, keys, tokens, kept,
@@ -281,12 +328,23 @@ WRONG = [
     ("attention_macs", "K and V made by skipped tokens too", lambda hidden, heads, kv_heads, head_dim, keys, tokens,
         kept, gate: 2 * head_dim * (kept * heads * (hidden + keys) + tokens * hidden * kv_heads)
         + tokens * hidden * gate),
+    ("attention_macs", "W_k or W_v forgotten", lambda *a: macs(*a, dict(kv=a[0] * a[2] * a[3]))),
+    ("attention_macs", "W_q and W_o of hidden x hidden", lambda *a: macs(*a, dict(qo=2 * a[0] * a[0]))),
+    ("attention_macs", "hidden numbers for each key", lambda *a: macs(*a, dict(look=2 * a[0] * a[4]))),
+    ("attention_macs", "head_dim forgotten", lambda *a: macs(*a, dict(look=2 * a[1] * a[4]))),
     ("mlp_macs", "two matrices", lambda hidden, inner, tokens, kept, gate: (
         kept * 2 * hidden * inner + tokens * hidden * gate)),
     ("mlp_macs", "all tokens run the branch", lambda hidden, inner, tokens, kept, gate: (
         tokens * hidden * (3 * inner + gate))),
     ("frozen_threshold", "it may lie on a score", torchs_quantile), ("frozen_threshold", "always low", always_low),
+    ("frozen_threshold", "the next smaller", freezer(below=torch.min)),
+    ("frozen_threshold", "the next larger", freezer(above=torch.max)),
+    ("frozen_threshold", "those within 1e-6 are", freezer(tie=1e-4)),
+    ("frozen_threshold", "low then", freezer(low_first=lambda low, high: low < high)),
+    ("frozen_threshold", "the share above low", freezer(low_counts=torch.gt)),
+    ("frozen_threshold", "1e-6 beyond the ends", freezer(margin=1e-6)),
     ("update_quantile", "each weighs the cost of its branch", lambda *a: counted(*a, weigh=False)),
+    ("update_quantile", "weights left unsorted", unsorted),
     ("update_quantile", "padding among the scores", with_padding),
     ("update_quantile", "it is 0.9 * old", lambda *a: counted(*a, keep_old=0.1)),
     ("update_quantile", "in the first step", lambda *a: counted(*a, first=0.1)),
@@ -376,7 +434,9 @@ def test_an_exception_has_its_line_and_none_has_its_hint():
     line = thrower.__code__.co_firstlineno + 2
     assert f"raised KeyError: 'x' (line {line} of the file)" in verdict("budget_at", thrower(KeyError("x")))
     assert "got None (no `return`?)" in verdict("budget_at", lambda *_: None)
+    assert "got None (no `return`?)" in verdict("accept_draft", lambda *_: None)
     assert "expected 2 values, got a number" in verdict("accept_draft", lambda *_: 1.0)
+    assert "expected a tensor of shape (1,), got a tensor of shape (2,)" in verdict("gate_and_score", mean_of_tokens)
     assert "expected a bool tensor of shape (1, 4), got a tensor of shape (1, 4)" in verdict(
         "select_tokens", lambda *a: solutions.select_tokens(*a).double())
 
@@ -385,6 +445,24 @@ def test_an_exercise_that_waits_for_another_says_so():
     """`not done yet` of a function that is done, but calls one that is not."""
     said = verdict("select_tokens", lambda s, b, v: v & (s > exercises.quantile_threshold(s[v], 1 - b)))
     assert said == "not done yet: it calls quantile_threshold, which is not done"
+
+
+def test_a_wrong_helper_is_named():
+    """A student who looks for the mistake in select_tokens, and it is in the function that it calls."""
+    def using(helper):
+        return types.FunctionType(solutions.select_tokens.__code__, {**vars(solutions), "quantile_threshold": helper})
+    assert verdict("select_tokens", using(quantile_threshold)) == "right"
+    said = verdict("select_tokens", using(lambda v, q: v.mean()))
+    assert said.startswith("wrong: for ") and said.endswith(" (your quantile_threshold is wrong too: mend that first)")
+    cached = functools.cache(using(lambda v, q: v.mean()))                    # a function without a function's parts
+    assert verdict("select_tokens", cached).endswith("mend that first)")
+    assert "mend" not in verdict("select_tokens", selector(torch.ge))         # that calls the right one
+
+
+def test_numbers_may_come_in_any_type():
+    """What the text allows and a check refuses."""
+    assert verdict("mlp_macs", lambda *a: float(solutions.mlp_macs(*a))) == "right"
+    assert verdict("kv_source", lambda keep: solutions.kv_source(keep).double()) == "right"
 
 
 # The screen.
@@ -415,6 +493,16 @@ def test_the_screen_says_one_line_per_exercise(tmp_path):
             assert re.fullmatch(f"{name} +wrong: for h=.*: expected .*, got .*; looks like no gate: .*", line), line
         else:
             assert line == f"{name:<18}  {'right' if name in done else 'not done yet'}"
+
+
+def test_an_endless_loop_is_named_when_it_is_interrupted(tmp_path):
+    """Ctrl-C, and a line that says anything but which exercise was running."""
+    folder = tmp_path / "lesson"
+    shutil.copytree(ROOT / "lesson", folder, ignore=shutil.ignore_patterns("__pycache__", "test_bugs.py"))
+    with open(folder / "exercises.py", "a") as file:
+        file.write("\n\ndef quantile_threshold(v, q):\n    raise KeyboardInterrupt\n")
+    code, lines = screen(cwd=folder)
+    assert code == 2 and lines == ["gate_and_score      not done yet", "interrupted in quantile_threshold"]
 
 
 def test_it_runs_beside_the_projects_tests():
