@@ -12,10 +12,12 @@ NOTEBOOK = ROOT / "lesson" / "gateskip.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 # what makes it short: (as it stands, as the test runs it)
-SHORT = [('STEPS, RUN = 600, "runs/lesson"', "STEPS, RUN = 4, OUT"), ("ROUNDS = 5", "ROUNDS = 1"),
+SHORT = [('STEPS, RUN = 600, "runs/lesson"', "STEPS, RUN = 2, OUT"), ("ROUNDS = 5", "ROUNDS = 1"),
          ('"--eval-limit", 32, "--calibration-sequences", 32', '"--eval-limit", 2, "--calibration-sequences", 2'),
          ('"--calibrate", 0.9, 0.8, 0.7, 0.6', '"--calibrate", 0.6'),
-         ('"test", 200)', '"test", 8)'), ('"test", 64)', '"test", 8)'), ("time.sleep(5)", "time.sleep(0.5)")]
+         ('"test", 200)', '"test", 8)'), ('"test", 64)', '"test", 8)'), ("time.sleep(5)", "time.sleep(0.5)"),
+         ("prompts, 64, policy", "prompts, 8, policy"), ("prompts, 64, make_policy", "prompts, 8, make_policy"),
+         ("linspace(0.05, 0.95, 11)", "linspace(0.05, 0.95, 3)")]
 
 
 def printed(cell):
