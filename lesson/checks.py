@@ -10,6 +10,7 @@ import torch
 from lesson.cases import CHECKS
 
 RIGHT, NOT_YET = "right", "not done yet"
+ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)        # what odd values raise
 
 
 def verdict(name, function):
@@ -95,7 +96,7 @@ def difference(got, wanted):
     """What is wrong with a value, whatever it is; None if nothing is. NaN equals NaN: a mistake may make it."""
     try:
         return compared(got, wanted)
-    except Exception:                                            # a tensor without values, a class that breaks
+    except ODD:                                                  # a tensor without values, a class that breaks
         return f"expected {show(wanted)}, got {show(got)}, which cannot be compared with it"
 
 
@@ -145,7 +146,7 @@ def show(value, longest=160):
             text = f"({text})" if isinstance(value, tuple) else f"[{text}]"
         else:
             text = f"{value:.6g}" if isinstance(value, float) else " ".join(repr(value).split())
-    except Exception:                                            # a repr of the student's own
+    except ODD:                                                  # a repr of the student's own
         text = f"something of type {type(value).__name__}"
     return text if len(text) <= longest else f"{text[:longest - 3]}..."
 

@@ -105,6 +105,7 @@ def accept_draft(p, q, token, u):
     rest = rest / rest.sum() if rest.sum() > 0 else p.clone()
     return bool(u < p[token] / q[token]), rest
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Find the bug: a test that catches it, what the mistake is, and where it was made
 # ---------------------------------------------------------------------------------------------------------------------
