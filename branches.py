@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from console import InputError, pyplot
-from disk import write
+from disk import check_file, write
 
 SHARE = "share of tokens that ran the branch"
 NAMES = {"prompt": "prompt", "answer": "generated", "all": "all"}
@@ -22,18 +22,9 @@ def picture(path):
             raise InputError(f"{path} must end in .png")
         if find_spec("matplotlib") is None:
             raise InputError(f"{path}: matplotlib is not installed (pip install matplotlib), or leave the file out")
-        try:
-            if Path(path).is_dir():
-                raise IsADirectoryError(0, "it is a folder")
-            if Path(path).name in ("eval.png", "metrics.png"):
-                raise FileExistsError(0, "a run's curves have that name")
-            Path(path + ".tmp").touch(exist_ok=False)            # as disk.write will
-            Path(path + ".tmp").unlink()
-        except FileExistsError as error:
-            why = error.strerror if error.filename is None else f"{path}.tmp is in the way"
-            raise InputError(f"{path} cannot be written ({why}): give another file") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): give another file") from None
+        if Path(path).name in ("eval.png", "metrics.png"):
+            raise InputError(f"{path} cannot be written (a run's curves have that name): give another file")
+        check_file(path)
     return path
 
 

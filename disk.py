@@ -57,6 +57,19 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def check_file(path):
+    """InputError for what `write` could not write later: a folder, a place without permission, a .tmp in the way."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        why = f"{temporary} is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(f"{path} cannot be written ({why}): give another file") from None
+
+
 def check_writable(folder):
     """Make the folder, and write a file there and delete it: what cannot be saved is said before the work, not after.
 

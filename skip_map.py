@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from console import InputError
-from disk import write
+from disk import check_file, write
 from gates import may_skip
 from savings import branch_costs
 
@@ -25,15 +25,7 @@ def page(path):
     """The type of --html FILE: the path. InputError for what could not be written later."""
     if not path.endswith(".html"):
         raise InputError(f"{path} must end in .html")
-    temporary = Path(path + ".tmp")                              # as disk.write will
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
-    except OSError as error:
-        why = f"{temporary} is in the way" if isinstance(error, FileExistsError) else error.strerror
-        raise InputError(f"{path} cannot be written ({why}): give another file") from None
+    check_file(path)
     return path
 
 
