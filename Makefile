@@ -5,7 +5,7 @@ PY := .venv/bin/python
 .PHONY: setup demo test
 setup:
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, matplotlib, pyarrow" 2>/dev/null \
+	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, xdist, matplotlib, pyarrow" 2>/dev/null \
 		|| $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 
 demo: setup
@@ -16,4 +16,4 @@ demo: setup
 		--question "Tom has 31 red pens and 14 blue pens. Then he gives Ann 9. How many pens does Tom have now?"
 
 test: setup
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests

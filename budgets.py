@@ -52,28 +52,30 @@ def budget_of_chance(config, saved):
     return min(max(1.0 - saved[measure] / share, 1e-3), 1.0)
 
 
+def realised(model, items, policy):
+    """The share skipped, of what measured_in() names, while the model continues the items' prompts."""
+    config, savings, prompts = model.config, Savings(model.config), [prompt_of(item) for item in items]
+    room = config.max_position_embeddings - max(map(len, prompts))
+    for chunk in chunks(prompts):
+        savings += generate(model, chunk, min(CONTINUE, room), policy, set(config.eos_ids)).savings
+    return savings.report()[measured_in(config)[0]]
+
+
 def finish(model, args, sets, folder, quantile=None):
     """Calibrate, store the thresholds in the last step's folder, and print what each budget costs.
 
     With --show-branches also what each branch gets."""
     config, budgets = model.config, [1.0]
-    measure, share = measured_in(config)
     if config.gate is not None:
-        def realised(policy, items=sets["calibration"]):         # the share skipped of what the model continues
-            savings, prompts = Savings(config), [prompt_of(item) for item in items]
-            room = config.max_position_embeddings - max(map(len, prompts))
-            for chunk in chunks(prompts):
-                savings += generate(model, chunk, min(CONTINUE, room), policy, set(config.eos_ids)).savings
-            return savings.report()[measure]
-
         asked = args.calibrate or (*BUDGETS, args.budget_end)
         budgets += sorted({b for b in asked if args.budget_end <= b < 1.0}, reverse=True)
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         sequences = [ids for ids, _ in sets["calibration"]]
-        config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, realised, quantile),
+        share, skipped = measured_in(config)[1], lambda policy: realised(model, sets["calibration"], policy)
+        config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, skipped, quantile),
                                step=args.steps)
         save_config(model, folder)
-        checked = {b: realised(make_policy(config, "frozen", b), sets["check"]) for b in budgets[1:]}
+        checked = {b: realised(model, sets["check"], make_policy(config, "frozen", b)) for b in budgets[1:]}
         print(f"{'of the work, ' * (quantile is not None)}skipped on a second held-out set, asked -> realised: "
               + ", ".join(f"{(1 - b) * share:.1%} -> {x:.1%}" for b, x in checked.items()))
 

@@ -461,15 +461,21 @@ def test_granularity_in_the_model(family, skip):
 
 # Masked against compact.
 
+def distinct(batch, length, generator):
+    """(B, S) token ids, no two alike."""
+    return torch.randperm(VOCAB, generator=generator)[:batch * length].view(batch, length)
+
+
 def random_case(seed, device):
-    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else."""
+    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else. No token
+    stands there twice: one that sees only its like scores the same, and rounding alone would rank the two."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     family, gate, kv_heads = rng.choice([llama, gemma]), GATES[seed % len(GATES)], rng.choice([1, 2])
     sizes = dict(num_hidden_layers=rng.randint(1, 4), num_key_value_heads=kv_heads, head_dim=rng.choice([2, 4, 6]),
                  num_attention_heads=kv_heads * rng.choice([1, 2]), hidden_size=rng.choice([16, 24]))
     model = build(family(gate, **sizes), seed, device)
     batch, length = rng.randint(1, 4), rng.randint(1, 11)
-    ids = torch.randint(VOCAB, (batch, length), generator=generator).to(device)
+    ids = distinct(batch, length, generator).to(device)
     side = rng.choice(["none", "left", "right", "anywhere"])
     valid = None
     if side == "anywhere":
@@ -532,7 +538,7 @@ def test_compact_equals_masked_with_a_cache(seed, device):
     token, the caches compared layer by layer after each."""
     model, ids, valid, policy = random_case(seed, device)
     generator, (batch, length) = torch.Generator().manual_seed(seed), ids.shape
-    more = lambda length: torch.randint(VOCAB, (batch, length), generator=generator).to(device)
+    more = lambda length: distinct(batch, length, generator).to(device)
     chunks = [(ids, valid), (more(3), padding([seed % 3 + 1] * batch, 3, "right", device)), (more(1), None)]
     caches = {compute: new_cache(model, batch, length + 7) for compute in ("masked", "compact")}
     for tokens_, real in chunks:

@@ -1,0 +1,245 @@
+"""Table 5 and what it leaves out: one choice at a time, on the embedded model, over seeds, with what it costs.
+
+    python paper/table5_ablations.py --jobs 2                    # all that paper/results/table5.json lacks yet
+    python paper/table5_ablations.py --rows "ours, equal costs" "paper" --seeds 1 2
+    python paper/table5_ablations.py --from-results              # the tables again, without training
+
+A study that was stopped goes on with the same command. What is trained lies under runs/study until it is measured.
+"""
+import contextlib
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, run
+from flags import Parser, seed_number, whole
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+import testbed
+from disk import write
+from load_weights import read_json
+from sweep import interpolate
+
+WORK, RESULTS = Path("runs/study"), Path(__file__).resolve().parent / "results" / "table5.json"
+TARGETS = (0, 5, 10, 15, 20, 25, 30, 40, 50)                     # %
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAPER = "--gate vector --budget-end 0.6 --compute compact"       # else Table 15, which ends at 0.8
+OURS = ("--gate scalar --threshold global --sparsity-cost macs --sparsity-weight 1 --budget-end 0.5 "
+        "--compute compact")
+PAPER_BUT = {                                                    # {}: the dense model, tuned alike
+    "scalar gates": "--gate scalar", "shared gates": "--gate-shared", "MLP gates": "--gate-arch mlp",
+    "low-rank gates, 4": "--gate-arch lowrank --gate-rank 4", "low-rank gates, 8": "--gate-arch lowrank --gate-rank 8",
+    "low-rank gates, 16": "--gate-arch lowrank --gate-rank 16",
+    "gate before the module": "--gate-placement before", "gate reads the residual": "--gate-input residual",
+    "no gradient through gate inputs": "--gate-detach",
+    "attention only": "--skip attn", "MLP only": "--skip mlp", "layers, by attention's gate": "--skip layer",
+    "every second layer": "--skip alternate",
+    "L1": "--sparsity-loss l1", "KL": "--sparsity-loss kl", "L2 norm": "--sparsity-loss l2_norm",
+    "lambda 0.01": "--sparsity-weight 0.01", "lambda 1": "--sparsity-weight 1",
+    "gates at 10 times the rate": "--gate-lr-scale 10", "gates at 30 times the rate": "--gate-lr-scale 30",
+    "budget to 0.8": "--budget-end 0.8", "budget to 0.4": "--budget-end 0.4", "uniform budget": "--schedule uniform",
+    "MAC costs": "--sparsity-cost macs", "one threshold": "--threshold global",
+    "one threshold, MAC costs": "--threshold global --sparsity-cost macs",
+    "from the tuned model": "--model {}", "from the tuned model, frozen": "--model {} --freeze-backbone",
+}
+OURS_BUT = {
+    "per branch": "--threshold branch", "equal costs": "--sparsity-cost equal", "vector gates": "--gate vector",
+    "lambda 0.1": "--sparsity-weight 0.1", "lambda 0.3": "--sparsity-weight 0.3",
+    "gates at 10 times the rate": "--gate-lr-scale 10", "uniform budget": "--schedule uniform",
+    "teacher": "--teacher {} --distill-weight 0.5", "from the tuned model": "--model {}",
+    "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
+    "no gradient through gate inputs": "--gate-detach",
+}
+
+
+@dataclass
+class Model:
+    """What is trained and how it is looked at. stages: flags of train.py; views: {row of the table: view of it}."""
+    stages: list
+    views: dict
+    seeds: int = 3
+    tried: str = ""                                              # a key of testbed.TRIED
+
+
+def models():
+    """{name: Model}, in the order of the table."""
+    found = {
+        "dense": Model(["--gate none"], {"dense": "none", "dense, random": "random",
+                                         "dense, random, first position kept": "first_kept"}, 5),
+        "dense, trained with random skipping": Model(["--gate none --budget-end 0.6"], {
+            "dense, trained with random skipping": "random"}, tried="random skipping"),
+        "paper": Model([PAPER], {"paper": "frozen", "paper, batch quantile": "batch",
+                                 "paper, random tokens": "allocation", "paper, random tokens, even": "random",
+                                 "paper, K and V dense at inference": "frozen dense"}, 5),
+        **{f"paper, {name}": Model([f"{PAPER} {flags}"], {f"paper, {name}": "frozen"})
+           for name, flags in PAPER_BUT.items()},
+        "paper, K and V dense": Model([f"{PAPER} --kv dense"], {
+            "paper, K and V dense": "frozen", "paper, K and V dense in training": "frozen copy_up"}),
+        "ours": Model([OURS], {"ours": "frozen", "ours, random tokens": "allocation",
+                               "ours, random tokens, even": "random"}, 5),
+        **{f"ours, {name}": Model([f"{OURS} {flags}"], {f"ours, {name}": "frozen"})
+           for name, flags in OURS_BUT.items()},
+        "ours, K and V dense": Model([f"{OURS} --kv dense"], {
+            "ours, K and V dense": "frozen", "ours, K and V dense in training": "frozen copy_up"}),
+        "ours, gates first": Model([f"{OURS} --freeze-backbone --lr 1e-2 --steps 200", OURS],
+                                   {"ours, gates first": "frozen"}),
+        "ours, falling lambda": Model([OURS], {"ours, falling lambda": "frozen"}, tried="falling weight"),
+        "ours, uniform budget, ramp": Model([f"{OURS} --schedule uniform"], {"ours, uniform budget, ramp": "frozen"},
+                                            tried="ramp"),
+    }
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and measuring, one model and seed at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+def folder_of(name, seed):
+    return WORK / f"{name.replace(',', '').replace(' ', '-')}-s{seed}"
+
+
+def one(name, seed, threads):
+    """Train and measure: an entry of the results. The dense model stays, for those that begin with it."""
+    torch.set_num_threads(threads)
+    started, model, folder = time.perf_counter(), models()[name], folder_of(name, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
+        stages = [flags.replace("{}", str(folder_of("dense", seed))).split() for flags in model.stages]
+        tried = testbed.TRIED[model.tried] if model.tried else contextlib.nullcontext
+        testbed.trained(stages, seed, folder, tried=tried)
+        trained = time.perf_counter() - started
+        found = testbed.sweep(folder, model.views.values(), seed)
+    if name != "dense":
+        shutil.rmtree(folder)
+    names = {view: row for row, view in model.views.items()}
+    return {"model": name, "seed": seed, "flags": model.stages, "tried": model.tried, "date": str(date.today()),
+            "commit": commit(), "seconds": [round(trained), round(time.perf_counter() - started - trained)],
+            "rows": [{"row": names[r["view"]], **r} for r in found]}
+
+
+def commit():
+    """Of the code, "+" where it was changed since; "" without a repository."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+                          cwd=RESULTS.parents[2], capture_output=True, text=True)
+    return told.stdout.strip()
+
+
+def results():
+    """The entries so far; InputError for a file that is none of ours."""
+    if not RESULTS.exists():
+        return []
+    held = read_json(RESULTS)
+    if not isinstance(held.get("runs"), list):
+        raise InputError(f"{RESULTS} is no file of this program: move it away")
+    return held["runs"]
+
+
+def keep(entry):
+    """Add an entry to the file, one line each; another study may write it too."""
+    with FileLock(f"{RESULTS}.lock"):
+        runs = [r for r in results() if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
+        made = {"steps": testbed.STEPS, "problems": testbed.PROBLEMS, "budgets": testbed.BUDGETS}
+        lines = ",\n".join(json.dumps(r) for r in runs)
+        write(RESULTS, f'{{"testbed": {json.dumps(made)},\n"runs": [\n{lines}\n]}}\n'.encode())
+
+
+def study(wanted, jobs):
+    """Run what is missing of [(name, seed)]; first the dense models that others begin with."""
+    known = {(r["model"], r["seed"]) for r in results()}
+    wanted = [w for w in wanted if w not in known]
+    dense = [("dense", seed) for seed in dict.fromkeys(seed for name, seed in wanted
+                                                      if any("{}" in flags for flags in models()[name].stages))
+             if not (folder_of("dense", seed) / "latest").exists()]
+    first = list(dict.fromkeys(dense + [w for w in wanted if w[0] == "dense"]))
+    threads = max(1, (torch.get_num_threads() + jobs - 1) // jobs)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with tqdm(total=len(set(first) | set(wanted)), desc="models", smoothing=0) as bar:
+        for batch in (first, [w for w in wanted if w not in first]):
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+                try:
+                    for done in as_completed([pool.submit(one, name, seed, threads) for name, seed in batch]):
+                        keep(done.result())
+                        bar.update()
+                except BaseException:                            # Ctrl-C above all: none of those that wait begins
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+def curve(points):
+    """y at exactly TARGETS, all in %, of one seed; None outside of what was measured."""
+    return [v if v is None else 100 * v for v in interpolate([(100 * x, y) for x, y in points], TARGETS)]
+
+
+def spread(values):
+    """"mean+-sd" of what every seed has, else "-"."""
+    if None in values or not values:
+        return "-"
+    mean = sum(values) / len(values)
+    sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{mean:.1f}" + (f"±{sd:.1f}" if len(values) > 1 else "")
+
+
+def table(runs, key):
+    """Markdown lines: accuracy (%, mean ± sample deviation over seeds) of each row where exactly so much of `key` was
+    saved, "skipped" (beside it the net MACs saved there) or "macs_saved"."""
+    what = {"skipped": "(token, branch) pairs skipped", "macs_saved": "MACs saved, gates paid"}[key]
+    lines = [f"| {what} | seeds | " + " | ".join(f"{t}%" for t in TARGETS) + " |", "|---" * (len(TARGETS) + 2) + "|"]
+    for name in dict.fromkeys(row for model in models().values() for row in model.views):
+        seeds = {r["seed"]: [row for row in r["rows"] if row["row"] == name] for r in runs}
+        seeds = {seed: found for seed, found in seeds.items() if found}
+        if not seeds:
+            continue
+        at, paid = (list(zip(*(curve([(r[x], r[y]) for r in found]) for found in seeds.values())))
+                    for x, y in ((key, "accuracy"), ("skipped", "macs_saved")))
+        cells = [spread(a) + (f" ({sum(m) / len(m):.0f})" if key == "skipped" and None not in m else "")
+                 for a, m in zip(at, paid)]
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def parse_args(argv):
+    p, names = Parser("One choice at a time, on the embedded model, over seeds."), list(models())
+    p.add_argument("--rows", nargs="+", metavar="MODEL", help="of: " + "; ".join(names) + " (default: all)")
+    p.add_argument("--seeds", type=seed_number, nargs="+", help="default: 1 2 3, and of dense, paper and ours 4 5 too")
+    p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
+    p.add_argument("--from-results", action="store_true", help="print the tables of what is there, train nothing")
+    args = p.parse_args(argv)
+    if unknown := [name for name in args.rows or () if name not in names]:
+        raise InputError(f"--rows {unknown[0]!r} is no row: --help names them all")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not args.from_results:
+        study([(name, seed) for name, model in models().items() if not args.rows or name in args.rows
+               for seed in args.seeds or range(1, model.seeds + 1)], args.jobs)
+    if not (runs := results()):
+        raise InputError(f"{RESULTS} is not there yet: leave out --from-results")
+    print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %\n")
+    print("\n".join([*table(runs, "skipped"), "", *table(runs, "macs_saved")]))
+
+
+if __name__ == "__main__":
+    run(main, interrupted="the study stands as it is; the same command goes on with it")

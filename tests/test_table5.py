@@ -1,0 +1,175 @@
+"""Tests of paper/testbed.py and paper/table5_ablations.py: what is tried, the views, what is kept, the tables."""
+import json
+import math
+import sys
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+import train
+from conftest import complaint
+from gates import SkipPolicy
+from toy_runs import ROOT, folder, words
+
+sys.path.insert(0, str(ROOT / "paper"))
+import table5_ablations as table5
+import testbed
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# What is tried in training.
+
+def test_random_skipping_is_what_training_gets():
+    """A policy that still ranks, or that asks a dense model for gates."""
+    with testbed.random_skipping():
+        policy = train.SkipPolicy("none", 0.5, "all", "dense")
+    assert (policy.kind, policy.budget, policy.kv) == ("random", 0.5, "dense") and policy.generator is not None
+    assert train.SkipPolicy is SkipPolicy
+
+
+def test_the_weight_stands_and_then_falls(monkeypatch):
+    """A weight that falls from the start, or to nothing."""
+    monkeypatch.setattr(testbed, "STEPS", 5)
+    monkeypatch.setattr(train, "sparsity_loss", lambda *args: 2.0)
+    with testbed.falling_weight():
+        assert [train.sparsity_loss() for _ in range(5)] == pytest.approx([2.0, 2.0, 2.0, 1.1, 0.2])
+
+
+def test_the_ramp_ends_at_half_of_the_steps():
+    """The deepest budget from the first step on, or a ramp that never gets there."""
+    with testbed.ramp():
+        lowest = [train.budget_at(step, 101, 1.0, 0.4, "linear", 0) for step in range(101)]
+        drawn = [train.budget_at(step, 101, 1.0, 0.4, "uniform", 0) for step in range(101)]
+    assert lowest[0] == 1.0 and lowest[-1] == pytest.approx(0.4)
+    assert all(b >= 1.0 - 0.6 * min(1.0, step / 50) - 1e-9 for step, b in enumerate(drawn)) and min(drawn[50:]) < 0.45
+
+
+# Views.
+
+def test_allocation_runs_each_branch_its_share():
+    """Shares of the wrong branch or part, one share for all, or the same tokens every time."""
+    shares = {"prompt": [0.25, 0.75], "answer": [1.0, 0.0]}
+    policy = testbed.Allocation("random", 0.5, masks=shares, generator=generator())
+    valid = torch.ones(4, 50, dtype=torch.bool)
+    for branch, share in enumerate(shares["prompt"]):
+        kept = [policy.keep(branch, None, valid) for _ in range(40)]
+        assert torch.stack(kept).double().mean().item() == pytest.approx(share, abs=0.01)
+        assert (kept[0] != kept[1]).any()
+    one = torch.ones(4, 1, dtype=torch.bool)
+    assert policy.keep(0, None, one).all() and not policy.keep(1, None, one).any()
+
+
+def test_the_first_of_a_prompt_is_kept():
+    """Padding in place of the first token, a first that is lost, or every token of a step that generates."""
+    policy = testbed.FirstKept("random", 0.5, generator=generator())
+    valid = torch.tensor([[False, False] + [True] * 8, [True] * 10])
+    kept = torch.stack([policy.keep(0, None, valid) for _ in range(200)])        # (200, B, S)
+    assert kept[:, 0, 2].all() and kept[:, 1, 0].all() and not kept[:, 0, :2].any()
+    assert not kept[:, 1, 1].all() and kept[:, 1, 1].any()
+    assert not torch.stack([policy.keep(0, None, torch.ones(2, 1, dtype=torch.bool)) for _ in range(50)]).all()
+
+
+# From a training to the tables.
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, folder):
+    """A study of a toy, of two steps and three problems."""
+    for name, value in dict(START=folder, STEPS=2, PROBLEMS=3, CALIBRATION=4, BUDGETS=(1.0, 0.7)).items():
+        monkeypatch.setattr(testbed, name, value)
+    monkeypatch.setattr(table5, "WORK", tmp_path / "study")
+    monkeypatch.setattr(table5, "RESULTS", tmp_path / "results" / "table5.json")
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["dense", "dense, trained with random skipping", "paper", "ours", "ours, gates first",
+                                  "paper, K and V dense", "ours, from the tuned model, its pupil"])
+def test_a_model_is_trained_and_measured(small, name):
+    """A view that cannot run, a stage that begins anew, a folder that stays, flags that train.py refuses."""
+    model = table5.models()[name]
+    if any("{}" in flags for flags in model.stages):
+        table5.one("dense", 1, 1)
+        assert (table5.folder_of("dense", 1) / "latest").exists()
+    entry = table5.one(name, 1, 1)
+    assert {r["row"] for r in entry["rows"]} == set(model.views) and entry["flags"] == model.stages
+    assert [r["budget"] for r in entry["rows"]] == [
+        b for view in model.views.values() for b in ((1.0,) if view == "none" else (1.0, 0.7))]
+    assert all(r["n"] == 3 and 0.0 <= r["skipped"] < 1.0 and set(r["answer"]) == {"skipped", "macs_saved"}
+               for r in entry["rows"])
+    assert table5.folder_of(name, 1).exists() == (name == "dense")
+    assert not list(table5.WORK.glob("*stage*"))
+
+
+def test_every_row_is_a_command_that_train_takes():
+    """A flag of a row that no longer exists; and two rows of one name."""
+    models = table5.models()
+    for model in models.values():
+        for flags in model.stages:
+            train.parse_args(["--preset", "tiny", *flags.replace("{}", "examples/tiny-llama").split()])
+    rows = [row for model in models.values() for row in model.views]
+    assert len(rows) == len(set(rows)) and all(len(set(m.views.values())) == len(m.views) for m in models.values())
+
+
+def entry(model, seed, points, row=None):
+    return {"model": model, "seed": seed, "rows": [
+        {"row": row or model, "view": "frozen", "budget": 1 - x, "accuracy": y, "n": 10, "skipped": x,
+         "macs_saved": x / 2, "answer": {"skipped": x, "macs_saved": x}} for x, y in points]}
+
+
+def test_results_are_kept_and_never_run_again(small, monkeypatch):
+    """An entry lost, twice, or trained again; a file of somebody else's overwritten."""
+    table5.keep(entry("paper", 1, [(0.0, 1.0)]))
+    table5.keep(entry("ours", 2, [(0.0, 0.5)]))
+    table5.keep(entry("paper", 1, [(0.0, 0.9)]))
+    assert [(r["model"], r["seed"]) for r in table5.results()] == [("ours", 2), ("paper", 1)]
+    asked = []
+    monkeypatch.setattr(table5, "one", lambda name, seed, threads: asked.append((name, seed)) or entry(name, seed, []))
+    monkeypatch.setattr(table5, "ProcessPoolExecutor", lambda jobs, context, max_tasks_per_child: Here())
+    table5.study([("paper", 1), ("paper", 2), ("ours, teacher", 1)], 1)
+    assert asked == [("dense", 1), ("paper", 2), ("ours, teacher", 1)]
+    assert len(table5.results()) == 5
+    table5.RESULTS.write_text('{"rows": 1}')
+    assert "move it away" in complaint(lambda: table5.keep(entry("paper", 3, [])))
+    assert json.loads(table5.RESULTS.read_text()) == {"rows": 1}
+
+
+class Here:
+    """A pool that works in this process."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        done = Future()
+        done.set_result(function(*args))
+        return done
+
+    shutdown = lambda self, **how: None
+
+
+def test_the_table_reads_each_seed_at_exact_savings(small, capsys):
+    """A mean of points at different savings, a value outside of what a seed measured, rows or seeds mixed up."""
+    table5.keep(entry("paper", 1, [(0.0, 1.0), (0.2, 0.8)]))
+    table5.keep(entry("paper", 2, [(0.0, 0.9), (0.4, 0.5)]))
+    assert table5.main(["--from-results"]) is None
+    printed = capsys.readouterr().out
+    skipped, macs = (line for line in printed.splitlines() if line.startswith("| paper |"))
+    cells = [cell.strip() for cell in skipped.split("|")[2:-1]]
+    sd = lambda a, b: abs(a - b) / math.sqrt(2)
+    assert cells[:3] == ["2", f"95.0±{sd(100, 90):.1f} (0)", f"90.0±{sd(95, 85):.1f} (2)"]
+    assert cells[3] == f"85.0±{sd(90, 80):.1f} (5)"
+    assert cells[5:] == [f"75.0±{sd(80, 70):.1f} (10)", "-", "-", "-", "-"]
+    assert [cell.strip() for cell in macs.split("|")[2:-1]][3] == f"75.0±{sd(80, 70):.1f}"
+
+
+def test_what_is_asked_for_is_checked(small):
+    """A row that does not exist, found out after hours; tables of nothing."""
+    assert "--rows 'nothing'" in complaint(lambda: table5.main(words("--rows", "nothing")))
+    assert "leave out --from-results" in complaint(lambda: table5.main(["--from-results"]))
