@@ -118,7 +118,6 @@ def one(name, seed, threads):
     """Train and measure: an entry of the results. The dense model stays, for those that begin with it."""
     torch.set_num_threads(threads)
     started, model, folder = time.perf_counter(), models()[name], folder_of(name, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log):
         stages = [flags.replace("{}", str(folder_of("dense", seed))).split() for flags in model.stages]
@@ -153,7 +152,7 @@ def results():
 
 def keep(entry):
     """Add an entry to the file, one line each; another study may write it too."""
-    with FileLock(f"{RESULTS}.lock"):
+    with FileLock(WORK / ".lock"):
         runs = [r for r in results() if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
         made = {"steps": testbed.STEPS, "problems": testbed.PROBLEMS, "budgets": testbed.BUDGETS}
         lines = ",\n".join(json.dumps(r) for r in runs)
@@ -169,6 +168,7 @@ def study(wanted, jobs):
              if not (folder_of("dense", seed) / "latest").exists()]
     first = list(dict.fromkeys(dense + [w for w in wanted if w[0] == "dense"]))
     threads = max(1, (torch.get_num_threads() + jobs - 1) // jobs)
+    WORK.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(exist_ok=True)
     with tqdm(total=len(set(first) | set(wanted)), desc="models", smoothing=0) as bar:
         for batch in (first, [w for w in wanted if w not in first]):

@@ -83,6 +83,7 @@ def small(monkeypatch, tmp_path, folder):
     monkeypatch.setattr(table5, "WORK", tmp_path / "study")
     monkeypatch.setattr(table5, "RESULTS", tmp_path / "results" / "table5.json")
     (tmp_path / "results").mkdir()
+    (tmp_path / "study").mkdir()
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     return tmp_path
 
