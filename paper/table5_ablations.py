@@ -7,13 +7,9 @@
 A study that was stopped goes on with the same command. What is trained lies under runs/study until it is measured.
 """
 import contextlib
-import json
-import multiprocessing
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,16 +20,12 @@ from console import InputError, run
 from flags import Parser, seed_number, whole
 
 import torch
-from filelock import FileLock
-from tqdm import tqdm
 
+import study
 import testbed
-from disk import write
-from load_weights import read_json
 from sweep import interpolate
 
-WORK, RESULTS = Path("runs/study"), Path(__file__).resolve().parent / "results" / "table5.json"
-TARGETS = (0, 5, 10, 15, 20, 25, 30, 40, 50)                     # %
+FILE, TARGETS = "table5.json", (0, 5, 10, 15, 20, 25, 30, 40, 50)                # of paper/results; %
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rows
@@ -42,7 +34,7 @@ TARGETS = (0, 5, 10, 15, 20, 25, 30, 40, 50)                     # %
 PAPER = "--gate vector --budget-end 0.6 --compute compact"       # else Table 15, which ends at 0.8
 OURS = ("--gate scalar --threshold global --sparsity-cost macs --sparsity-weight 1 --budget-end 0.5 "
         "--compute compact")
-PAPER_BUT = {                                                    # {}: the dense model, tuned alike
+PAPER_BUT = {                                                    # {}: the dense model that was tuned alike
     "scalar gates": "--gate scalar", "shared gates": "--gate-shared", "MLP gates": "--gate-arch mlp",
     "low-rank gates, 4": "--gate-arch lowrank --gate-rank 4", "low-rank gates, 8": "--gate-arch lowrank --gate-rank 8",
     "low-rank gates, 16": "--gate-arch lowrank --gate-rank 16",
@@ -66,6 +58,9 @@ OURS_BUT = {
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
     "no gradient through gate inputs": "--gate-detach",
 }
+
+
+TUNED = "tuned"                                                  # the dense model's training alone
 
 
 @dataclass
@@ -111,75 +106,33 @@ def models():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def folder_of(name, seed):
-    return WORK / f"{name.replace(',', '').replace(' ', '-')}-s{seed}"
+    return study.WORK / f"{name.replace(',', '').replace(' ', '-')}-s{seed}"
 
 
 def one(name, seed, threads):
-    """Train and measure: an entry of the results. The dense model stays, for those that begin with it."""
+    """Train and measure: an entry of the results. The tuned dense model stays for those that begin with it; TUNED makes
+    it and measures nothing."""
     torch.set_num_threads(threads)
-    started, model, folder = time.perf_counter(), models()[name], folder_of(name, seed)
-    with open(f"{folder}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+    stays, known = name in (TUNED, "dense"), models()
+    started, model, folder = time.perf_counter(), known["dense" if stays else name], folder_of(name, seed)
+    if stays:
+        folder = folder_of(TUNED, seed)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log):
-        stages = [flags.replace("{}", str(folder_of("dense", seed))).split() for flags in model.stages]
-        tried = testbed.TRIED[model.tried] if model.tried else contextlib.nullcontext
-        testbed.trained(stages, seed, folder, tried=tried)
+        if not (stays and testbed.finished(folder)):
+            stages = [flags.replace("{}", str(folder_of(TUNED, seed))).split() for flags in model.stages]
+            tried = testbed.TRIED[model.tried] if model.tried else contextlib.nullcontext
+            testbed.trained(stages, seed, folder, tried=tried)
+        if name == TUNED:
+            return None
         trained = time.perf_counter() - started
         found = testbed.sweep(folder, model.views.values(), seed)
-    if name != "dense":
+    if not stays:
         shutil.rmtree(folder)
     names = {view: row for row, view in model.views.items()}
     return {"model": name, "seed": seed, "flags": model.stages, "tried": model.tried, "date": str(date.today()),
-            "commit": commit(), "seconds": [round(trained), round(time.perf_counter() - started - trained)],
-            "rows": [{"row": names[r["view"]], **r} for r in found]}
-
-
-def commit():
-    """Of the code, "+" where it was changed since; "" without a repository."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-                          cwd=RESULTS.parents[2], capture_output=True, text=True)
-    return told.stdout.strip()
-
-
-def results():
-    """The entries so far; InputError for a file that is none of ours."""
-    if not RESULTS.exists():
-        return []
-    held = read_json(RESULTS)
-    if not isinstance(held.get("runs"), list):
-        raise InputError(f"{RESULTS} is no file of this program: move it away")
-    return held["runs"]
-
-
-def keep(entry):
-    """Add an entry to the file, one line each; another study may write it too."""
-    with FileLock(WORK / ".lock"):
-        runs = [r for r in results() if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
-        made = {"steps": testbed.STEPS, "problems": testbed.PROBLEMS, "budgets": testbed.BUDGETS}
-        lines = ",\n".join(json.dumps(r) for r in runs)
-        write(RESULTS, f'{{"testbed": {json.dumps(made)},\n"runs": [\n{lines}\n]}}\n'.encode())
-
-
-def study(wanted, jobs):
-    """Run what is missing of [(name, seed)]; first the dense models that others begin with."""
-    known = {(r["model"], r["seed"]) for r in results()}
-    wanted = [w for w in wanted if w not in known]
-    dense = [("dense", seed) for seed in dict.fromkeys(seed for name, seed in wanted
-                                                      if any("{}" in flags for flags in models()[name].stages))
-             if not (folder_of("dense", seed) / "latest").exists()]
-    first = list(dict.fromkeys(dense + [w for w in wanted if w[0] == "dense"]))
-    threads = max(1, (torch.get_num_threads() + jobs - 1) // jobs)
-    WORK.mkdir(parents=True, exist_ok=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with tqdm(total=len(set(first) | set(wanted)), desc="models", smoothing=0) as bar:
-        for batch in (first, [w for w in wanted if w not in first]):
-            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-                try:
-                    for done in as_completed([pool.submit(one, name, seed, threads) for name, seed in batch]):
-                        keep(done.result())
-                        bar.update()
-                except BaseException:                            # Ctrl-C above all: none of those that wait begins
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+            "commit": study.commit(), "seconds": [round(trained), round(time.perf_counter() - started - trained)],
+            "testbed": [testbed.STEPS, testbed.PROBLEMS], "rows": [{"row": names[r["view"]], **r} for r in found]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,28 +144,19 @@ def curve(points):
     return [v if v is None else 100 * v for v in interpolate([(100 * x, y) for x, y in points], TARGETS)]
 
 
-def spread(values):
-    """"mean+-sd" of what every seed has, else "-"."""
-    if None in values or not values:
-        return "-"
-    mean = sum(values) / len(values)
-    sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{mean:.1f}" + (f"±{sd:.1f}" if len(values) > 1 else "")
-
-
 def table(runs, key):
     """Markdown lines: accuracy (%, mean ± sample deviation over seeds) of each row where exactly so much of `key` was
     saved, "skipped" (beside it the net MACs saved there) or "macs_saved"."""
     what = {"skipped": "(token, branch) pairs skipped", "macs_saved": "MACs saved, gates paid"}[key]
     lines = [f"| {what} | seeds | " + " | ".join(f"{t}%" for t in TARGETS) + " |", "|---" * (len(TARGETS) + 2) + "|"]
     for name in dict.fromkeys(row for model in models().values() for row in model.views):
-        seeds = {r["seed"]: [row for row in r["rows"] if row["row"] == name] for r in runs}
-        seeds = {seed: found for seed, found in seeds.items() if found}
+        seeds = [[row for row in r["rows"] if row["row"] == name] for r in runs]
+        seeds = [found for found in seeds if found]
         if not seeds:
             continue
-        at, paid = (list(zip(*(curve([(r[x], r[y]) for r in found]) for found in seeds.values())))
+        at, paid = (list(zip(*(curve([(r[x], r[y]) for r in found]) for found in seeds)))
                     for x, y in ((key, "accuracy"), ("skipped", "macs_saved")))
-        cells = [spread(a) + (f" ({sum(m) / len(m):.0f})" if key == "skipped" and None not in m else "")
+        cells = [study.spread(a) + (f" ({sum(m) / len(m):.0f})" if key == "skipped" and None not in m else "")
                  for a, m in zip(at, paid)]
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
@@ -231,12 +175,16 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, known = parse_args(argv), models()
+    wanted = [(name, seed) for name, model in known.items() if not args.rows or name in args.rows
+              for seed in args.seeds or range(1, model.seeds + 1)]
     if not args.from_results:
-        study([(name, seed) for name, model in models().items() if not args.rows or name in args.rows
-               for seed in args.seeds or range(1, model.seeds + 1)], args.jobs)
-    if not (runs := results()):
-        raise InputError(f"{RESULTS} is not there yet: leave out --from-results")
+        done = {(r["model"], r["seed"]) for r in study.entries(FILE)}
+        tuned = [(TUNED, seed) for name, seed in wanted
+                 if (name, seed) not in done and any("{}" in flags for flags in known[name].stages)]
+        study.study(FILE, [tuned, wanted], one, args.jobs)
+    if not (runs := study.entries(FILE)):
+        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %\n")
     print("\n".join([*table(runs, "skipped"), "", *table(runs, "macs_saved")]))
 

@@ -57,6 +57,11 @@ def trained(stages, seed, out, tried=contextlib.nullcontext):
         shutil.rmtree(out.with_name(f"{out.name}-stage{i + 1}"))
 
 
+def finished(out):
+    """Whether trained() has come to its end there."""
+    return (out / "latest").exists() and (out / "latest").read_text().strip() == f"step-{STEPS:06d}"
+
+
 def random_skipping():
     """Training skips at random what the budget says, whatever gates say: a dense model meets what it will be tested
     with."""

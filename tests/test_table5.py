@@ -13,6 +13,7 @@ from gates import SkipPolicy
 from toy_runs import ROOT, folder, words
 
 sys.path.insert(0, str(ROOT / "paper"))
+import study
 import table5_ablations as table5
 import testbed
 
@@ -80,10 +81,9 @@ def small(monkeypatch, tmp_path, folder):
     """A study of a toy, of two steps and three problems."""
     for name, value in dict(START=folder, STEPS=2, PROBLEMS=3, CALIBRATION=4, BUDGETS=(1.0, 0.7)).items():
         monkeypatch.setattr(testbed, name, value)
-    monkeypatch.setattr(table5, "WORK", tmp_path / "study")
-    monkeypatch.setattr(table5, "RESULTS", tmp_path / "results" / "table5.json")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "study").mkdir()
+    for name in ("WORK", "RESULTS"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(study, name, tmp_path / name)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     return tmp_path
 
@@ -94,16 +94,15 @@ def test_a_model_is_trained_and_measured(small, name):
     """A view that cannot run, a stage that begins anew, a folder that stays, flags that train.py refuses."""
     model = table5.models()[name]
     if any("{}" in flags for flags in model.stages):
-        table5.one("dense", 1, 1)
-        assert (table5.folder_of("dense", 1) / "latest").exists()
+        assert table5.one(table5.TUNED, 1, 1) is None and testbed.finished(table5.folder_of(table5.TUNED, 1))
     entry = table5.one(name, 1, 1)
     assert {r["row"] for r in entry["rows"]} == set(model.views) and entry["flags"] == model.stages
     assert [r["budget"] for r in entry["rows"]] == [
         b for view in model.views.values() for b in ((1.0,) if view == "none" else (1.0, 0.7))]
     assert all(r["n"] == 3 and 0.0 <= r["skipped"] < 1.0 and set(r["answer"]) == {"skipped", "macs_saved"}
                for r in entry["rows"])
-    assert table5.folder_of(name, 1).exists() == (name == "dense")
-    assert not list(table5.WORK.glob("*stage*"))
+    left = {path.name for path in study.WORK.iterdir() if path.is_dir()}
+    assert left == ({"tuned-s1"} if name == "dense" or any("{}" in flags for flags in model.stages) else set())
 
 
 def test_every_row_is_a_command_that_train_takes():
@@ -123,20 +122,22 @@ def entry(model, seed, points, row=None):
 
 
 def test_results_are_kept_and_never_run_again(small, monkeypatch):
-    """An entry lost, twice, or trained again; a file of somebody else's overwritten."""
-    table5.keep(entry("paper", 1, [(0.0, 1.0)]))
-    table5.keep(entry("ours", 2, [(0.0, 0.5)]))
-    table5.keep(entry("paper", 1, [(0.0, 0.9)]))
-    assert [(r["model"], r["seed"]) for r in table5.results()] == [("ours", 2), ("paper", 1)]
+    """An entry lost, twice, or trained again; what others begin with not made first; another's file overwritten."""
+    table5_keep = lambda *entry_of: study.keep("table5.json", entry(*entry_of))
+    table5_keep("paper", 1, [(0.0, 1.0)])
+    table5_keep("ours", 2, [(0.0, 0.5)])
+    table5_keep("paper", 1, [(0.0, 0.9)])
+    assert [(r["model"], r["seed"]) for r in study.entries("table5.json")] == [("ours", 2), ("paper", 1)]
     asked = []
-    monkeypatch.setattr(table5, "one", lambda name, seed, threads: asked.append((name, seed)) or entry(name, seed, []))
-    monkeypatch.setattr(table5, "ProcessPoolExecutor", lambda jobs, context, max_tasks_per_child: Here())
-    table5.study([("paper", 1), ("paper", 2), ("ours, teacher", 1)], 1)
-    assert asked == [("dense", 1), ("paper", 2), ("ours, teacher", 1)]
-    assert len(table5.results()) == 5
-    table5.RESULTS.write_text('{"rows": 1}')
-    assert "move it away" in complaint(lambda: table5.keep(entry("paper", 3, [])))
-    assert json.loads(table5.RESULTS.read_text()) == {"rows": 1}
+    monkeypatch.setattr(table5, "one", lambda name, seed, threads: asked.append((name, seed)) or (
+        None if name == table5.TUNED else entry(name, seed, [])))
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda jobs, context, max_tasks_per_child: Here())
+    table5.main(words("--rows", "ours, teacher", "paper", "--seeds", "1", "2"))
+    assert asked == [("tuned", 1), ("tuned", 2), ("paper", 2), ("ours, teacher", 1), ("ours, teacher", 2)]
+    assert len(study.entries("table5.json")) == 5
+    (study.RESULTS / "table5.json").write_text('{"rows": 1}')
+    assert "move it away" in complaint(lambda: table5_keep("paper", 3, []))
+    assert json.loads((study.RESULTS / "table5.json").read_text()) == {"rows": 1}
 
 
 class Here:
@@ -157,8 +158,9 @@ class Here:
 
 def test_the_table_reads_each_seed_at_exact_savings(small, capsys):
     """A mean of points at different savings, a value outside of what a seed measured, rows or seeds mixed up."""
-    table5.keep(entry("paper", 1, [(0.0, 1.0), (0.2, 0.8)]))
-    table5.keep(entry("paper", 2, [(0.0, 0.9), (0.4, 0.5)]))
+    for name, seed, points in (("paper", 1, [(0.0, 1.0), (0.2, 0.8)]), ("ours", 1, [(0.0, 1.0)]),
+                               ("paper", 2, [(0.0, 0.9), (0.4, 0.5)]), ("ours", 2, [(0.0, 1.0)])):
+        study.keep("table5.json", entry(name, seed, points))
     assert table5.main(["--from-results"]) is None
     printed = capsys.readouterr().out
     skipped, macs = (line for line in printed.splitlines() if line.startswith("| paper |"))

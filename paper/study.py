@@ -1,0 +1,80 @@
+"""Trainings that are never run twice: a file of results, one entry a line, and a pool that makes what it lacks.
+
+An entry is a dict with "model" and "seed", by which it is known, and whatever was measured.
+"""
+import json
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from disk import write
+from load_weights import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK, RESULTS = Path("runs/study"), ROOT / "paper" / "results"
+
+
+def entries(file):
+    """Those of a results file so far, [] without one; InputError for a file that is none of ours."""
+    file = RESULTS / file
+    if not file.exists():
+        return []
+    held = read_json(file)
+    if not isinstance(held.get("runs"), list):
+        raise InputError(f"{file} is no file of this program: move it away")
+    return held["runs"]
+
+
+def keep(file, entry):
+    """Add an entry, in place of one of the same model and seed. Another process may write the file too."""
+    with FileLock(WORK / ".lock"):
+        runs = [r for r in entries(file) if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
+        write(RESULTS / file, ('{"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n").encode())
+
+
+def study(file, rounds, one, jobs):
+    """Make what the results file lacks: one(model, seed, threads) -> entry, or None for what is no result.
+
+    rounds: lists of (model, seed), each begun when the one before is done; jobs at a time share torch's threads, each
+    in a process of its own. Ctrl-C: those that run finish or stop, none of those that wait begins."""
+    known, threads = {(r["model"], r["seed"]) for r in entries(file)}, max(1, torch.get_num_threads() // jobs)
+    rounds = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds]
+    WORK.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    with tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
+        for runs in rounds:
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+                try:
+                    for done in as_completed([pool.submit(one, *run, threads) for run in runs]):
+                        if entry := done.result():
+                            keep(file, entry)
+                        bar.update()
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+
+def commit():
+    """Of the code, "+" behind it where it was changed since; "" without a repository."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                          capture_output=True, text=True)
+    return told.stdout.strip()
+
+
+def spread(values):
+    """"mean±sample deviation" of numbers, one per seed; "-" if a seed has None."""
+    if None in values or not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    return f"{mean:.1f}±{(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.1f}"
