@@ -1,0 +1,178 @@
+"""The frontier: accuracy against multiply-accumulates saved, of gates and of what is simpler: a smaller dense model.
+
+    python paper/frontier.py --jobs 2                            # trains the smaller models that are not there yet
+    python paper/frontier.py --from-results                      # table and picture again, without training
+
+Gated models and random skipping are those of table5_ablations.py. Smaller models: the tuned one without the blocks that
+turn the hidden states least (remove_blocks.py), tuned again; and models of fewer layers or less width, trained from
+scratch as the embedded one was, on as many problems, and then tuned as the dense one is.
+"""
+import contextlib
+import io
+import json
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, pyplot, run
+from flags import Parser, seed_number, whole
+
+import torch
+
+import remove_blocks
+import study
+import table5_ablations
+import testbed
+import train
+from branches import picture
+from data import encode_all, load_examples
+from disk import write
+from load_weights import load_model, load_tokenizer, read_json
+from savings import count_macs
+from sweep import interpolate
+
+FILE, TARGETS = "frontier.json", (0, 10, 20, 30, 40, 50)         # %
+SCRATCH = ("--gate none --steps 2200 --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 "      # the embedded model's
+           "--eval-limit 4").split()                                                             # own training
+SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
+    "blocks removed, tuned again": {f"{n} blocks removed": n for n in (1, 2, 3, 4)},
+    "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
+    "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
+}
+GATED = {"one threshold, MAC costs (ours)": "ours", "a quantile per branch (the paper)": "paper",
+         "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smaller models
+# ---------------------------------------------------------------------------------------------------------------------
+
+def macs_of_answers(config, items):
+    """(MACs of the prompts, MACs of the answers generated token by token) of a dense model on items (ids, mask)."""
+    prompts = answers = 0
+    count = lambda length, keys: count_macs(                     # one sequence, logits of its last token
+        config, torch.ones(2 * config.num_hidden_layers, 1, length, dtype=torch.bool),
+        torch.ones(1, length, dtype=torch.bool), keys=keys, logit_rows=1).item()
+    one = [count(1, keys) for keys in range(1 + max(len(ids) for ids, _ in items))]
+    for ids, mask in items:
+        start = mask.index(True)
+        prompts += count(start, start)
+        answers += sum(one[start + 1:len(ids)])                  # the last token is never put in
+    return prompts, answers
+
+
+def start_of(name, size, seed, folder):
+    """Make the smaller model that is to be tuned, in `folder`."""
+    if isinstance(size, int):
+        tuned = table5_ablations.folder_of(table5_ablations.TUNED, seed)
+        if not testbed.finished(tuned):
+            testbed.trained(["--gate none".split()], seed, tuned)
+        remove_blocks.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
+                            "--out", str(folder)])
+        return
+    shape = folder.with_name(f"{folder.name}-shape")
+    shape.mkdir(exist_ok=True)
+    (shape / "config.json").write_text(json.dumps(read_json(testbed.START / "config.json") | size))
+    shutil.copy(testbed.START / "tokenizer.json", shape)
+    if train.main(["--init-config", str(shape / "config.json"), "--data", "arithmetic", *SCRATCH, "--seed", str(seed),
+                   "--out", str(folder), "--overwrite"]):
+        raise KeyboardInterrupt                                  # a signal came, and was obeyed
+    shutil.rmtree(shape)
+
+
+def one(name, seed, threads):
+    """Make, tune and measure a smaller model: an entry of the results."""
+    torch.set_num_threads(threads)
+    size = next(sizes[name] for sizes in SMALLER.values() if name in sizes)
+    folder = table5_ablations.folder_of(name, seed)
+    start = folder.with_name(f"{folder.name}-start")
+    shutil.rmtree(start, ignore_errors=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
+        start_of(name, size, seed, start)
+        testbed.trained([["--gate", "none", "--model", str(start)]], seed, folder)
+        row = testbed.sweep(folder, ["none"], seed)[0]
+        items, _ = encode_all(load_examples("arithmetic", "test", testbed.PROBLEMS), load_tokenizer(folder), 1, 160)
+        work, dense = (torch.tensor(macs_of_answers(load_model(where).config, items)) for where in (folder, testbed.START))
+    shutil.rmtree(folder)
+    shutil.rmtree(start)
+    saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]
+    return {"model": name, "seed": seed, "date": str(date.today()), "commit": study.commit(),
+            "accuracy": row["accuracy"], "n": row["n"], "macs_saved": saved[0].item(),
+            "answer": {"macs_saved": saved[1].item()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+def curves(gated, smaller, of):
+    """{label: {saved %: accuracies %, one per seed}}: gated models at exactly TARGETS where every seed was measured,
+    smaller ones at what each saves. of: entry -> the MACs that it saves, of all tokens or of generated ones."""
+    found = {}
+    for label, name in GATED.items():
+        rows = [[r for r in entry["rows"] if r["row"] == name] for entry in gated]
+        at = [interpolate([(100 * of(r), 100 * r["accuracy"]) for r in seed], TARGETS) for seed in rows if seed]
+        found[label] = {t: seeds for t, *seeds in zip(TARGETS, *at) if seeds and None not in seeds}
+    for label, sizes in SMALLER.items():
+        mine = [[r for r in smaller if r["model"] == name] for name in sizes]
+        found[label] = {100 * of(m[0]): [100 * r["accuracy"] for r in m] for m in mine if m}
+    return {label: points for label, points in found.items() if points}
+
+
+PARTS = {"all tokens": lambda r: r["macs_saved"], "generated tokens": lambda r: r["answer"]["macs_saved"]}
+
+
+def plot(gated, smaller, path):
+    """One panel for all tokens and one for generated ones; bars: sample deviation over seeds. True if drawn."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    for axis, (part, of) in zip(axes, PARTS.items()):
+        for label, points in curves(gated, smaller, of).items():
+            y = [torch.tensor(seeds) for seeds in points.values()]
+            axis.errorbar(list(points), [x.mean() for x in y], [x.std() if len(x) > 1 else 0.0 for x in y], capsize=2,
+                          marker="s" if label in SMALLER else "o", ls="--" if label in SMALLER else "-", label=label)
+        axis.set(xlabel=f"multiply-accumulates saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("exact answers, %")
+    axes[0].legend(fontsize="small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write(path, drawn.getvalue())
+    plt.close(figure)
+    return True
+
+
+def parse_args(argv):
+    p = Parser("Accuracy against multiply-accumulates saved: gates, random skipping, smaller dense models.")
+    names = [name for sizes in SMALLER.values() for name in sizes]
+    p.add_argument("--models", nargs="+", choices=names, default=names, help="smaller models to train (default: all)")
+    p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of the smaller models")
+    p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
+    p.add_argument("--from-results", action="store_true", help="draw what is there, train nothing")
+    p.add_argument("--out", type=picture, default=str(study.RESULTS / "frontier.png"), help="the picture")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not args.from_results:
+        study.study(FILE, [[(name, seed) for name in args.models for seed in args.seeds]], one, args.jobs)
+    gated, smaller = study.entries(table5_ablations.FILE), study.entries(FILE)
+    if not gated and not smaller:
+        raise InputError(f"{study.RESULTS} holds no results yet: leave out --from-results")
+    for part, of in PARTS.items():
+        print(f"\nexact answers, %, at % of MACs saved, {part}: mean±sample deviation over seeds (number of seeds)")
+        for label, points in curves(gated, smaller, of).items():
+            print(f"{label:36}" + "  ".join(f"{x:.1f}: {study.spread(y)} ({len(y)})" for x, y in points.items()))
+    if plot(gated, smaller, args.out):
+        print(f"\nwritten: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main, interrupted="what is finished stands; the same command goes on with it")
