@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from budgets import measured_in, realised
+from budgets import realised
 from data import encode_all, load_examples
 from eval_gsm8k import run_row
 from gates import SkipPolicy
 from load_weights import load_model, load_tokenizer
 from price import RunningQuantile
 from savings import branch_costs
-from thresholds import calibrate, make_policy, spread
+from thresholds import calibrate, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 START = ROOT / "examples" / "tiny-llama"

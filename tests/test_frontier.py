@@ -6,7 +6,7 @@ import torch
 
 from conftest import complaint, llama
 from load_weights import load_model
-from toy_runs import ROOT, folder, toy, words
+from toy_runs import ROOT, folder, words
 
 sys.path.insert(0, str(ROOT / "paper"))
 import frontier

@@ -467,8 +467,9 @@ def distinct(batch, length, generator):
 
 
 def random_case(seed, device):
-    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else. No token
-    stands there twice: one that sees only its like scores the same, and rounding alone would rank the two."""
+    """A random tiny model, batch and policy. Padding lies left, right or anywhere; a row may hold nothing else.
+
+    No token stands there twice: one that sees only its like scores the same, and rounding alone would rank the two."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     family, gate, kv_heads = rng.choice([llama, gemma]), GATES[seed % len(GATES)], rng.choice([1, 2])
     sizes = dict(num_hidden_layers=rng.randint(1, 4), num_key_value_heads=kv_heads, head_dim=rng.choice([2, 4, 6]),
