@@ -96,7 +96,8 @@ def one(name, seed, threads):
         testbed.trained([["--gate", "none", "--model", str(start)]], seed, folder)
         row = testbed.sweep(folder, ["none"], seed)[0]
         items, _ = encode_all(load_examples("arithmetic", "test", testbed.PROBLEMS), load_tokenizer(folder), 1, 160)
-        work, dense = (torch.tensor(macs_of_answers(load_model(where).config, items)) for where in (folder, testbed.START))
+        work, dense = (torch.tensor(macs_of_answers(load_model(where).config, items))
+                       for where in (folder, testbed.START))
     shutil.rmtree(folder)
     shutil.rmtree(start)
     saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]

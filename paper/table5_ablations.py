@@ -32,8 +32,9 @@ FILE, TARGETS = "table5.json", (0, 5, 10, 15, 20, 25, 30, 40, 50)               
 # ---------------------------------------------------------------------------------------------------------------------
 
 PAPER = "--gate vector --budget-end 0.6 --compute compact"       # else Table 15, which ends at 0.8
-OURS = ("--gate scalar --threshold global --sparsity-cost macs --sparsity-weight 1 --budget-end 0.5 "
-        "--compute compact")
+OURS = ("--gate scalar --threshold global --sparsity-cost macs --sparsity-weight 1 --compute compact "
+        "--schedule uniform --budget-end 0.4")                   # the demo's
+LINEAR = f"{OURS} --schedule linear --budget-end 0.5"            # with the paper's budget, which only falls
 PAPER_BUT = {                                                    # {}: the dense model that was tuned alike
     "scalar gates": "--gate scalar", "shared gates": "--gate-shared", "MLP gates": "--gate-arch mlp",
     "low-rank gates, 4": "--gate-arch lowrank --gate-rank 4", "low-rank gates, 8": "--gate-arch lowrank --gate-rank 8",
@@ -53,13 +54,13 @@ PAPER_BUT = {                                                    # {}: the dense
 OURS_BUT = {
     "per branch": "--threshold branch", "equal costs": "--sparsity-cost equal", "vector gates": "--gate vector",
     "lambda 0.1": "--sparsity-weight 0.1", "lambda 0.3": "--sparsity-weight 0.3",
-    "gates at 10 times the rate": "--gate-lr-scale 10", "uniform budget": "--schedule uniform",
+    "gates at 10 times the rate": "--gate-lr-scale 10", "budget to 0.5": "--budget-end 0.5",
     "teacher": "--teacher {} --distill-weight 0.5", "from the tuned model": "--model {}",
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
     "no gradient through gate inputs": "--gate-detach",
 }
-
-
+LINEAR_BUT = ("per branch", "equal costs", "lambda 0.3", "gates at 10 times the rate", "teacher",
+              "from the tuned model, its pupil")
 TUNED = "tuned"                                                  # the dense model's training alone
 
 
@@ -74,7 +75,7 @@ class Model:
 
 def models():
     """{name: Model}, in the order of the table."""
-    found = {
+    return {
         "dense": Model(["--gate none"], {"dense": "none", "dense, random": "random",
                                          "dense, random, first position kept": "first_kept"}, 5),
         "dense, trained with random skipping": Model(["--gate none --budget-end 0.6"], {
@@ -95,10 +96,12 @@ def models():
         "ours, gates first": Model([f"{OURS} --freeze-backbone --lr 1e-2 --steps 200", OURS],
                                    {"ours, gates first": "frozen"}),
         "ours, falling lambda": Model([OURS], {"ours, falling lambda": "frozen"}, tried="falling weight"),
-        "ours, uniform budget, ramp": Model([f"{OURS} --schedule uniform"], {"ours, uniform budget, ramp": "frozen"},
-                                            tried="ramp"),
+        "ours, ramp": Model([OURS], {"ours, ramp": "frozen"}, tried="ramp"),
+        "linear": Model([LINEAR], {"linear": "frozen", "linear, random tokens": "allocation",
+                                   "linear, random tokens, even": "random"}),
+        **{f"linear, {name}": Model([f"{LINEAR} {OURS_BUT[name]}"], {f"linear, {name}": "frozen"})
+           for name in LINEAR_BUT},
     }
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
