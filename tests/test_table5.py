@@ -49,6 +49,16 @@ def test_the_ramp_ends_at_half_of_the_steps():
     assert all(b >= 1.0 - 0.6 * min(1.0, step / 50) - 1e-9 for step, b in enumerate(drawn)) and min(drawn[50:]) < 0.45
 
 
+def test_the_last_step_stands_alone():
+    """An average that still knows older steps, or the core's own changed for good."""
+    with testbed.last_step():
+        quantile = train.RunningQuantile([1.0, 1.0])
+    valid = torch.ones(50, dtype=torch.bool)
+    quantile.update(torch.rand(2, 50), valid)
+    quantile.update(torch.full((2, 50), 0.25), valid)
+    assert (quantile.points == 0.25).all() and train.RunningQuantile is not testbed.LastStep
+
+
 # Views.
 
 def test_allocation_runs_each_branch_its_share():
