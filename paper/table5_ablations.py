@@ -100,6 +100,10 @@ def models():
                                                   tried="last step"),
         "linear, threshold of the last step": Model([LINEAR], {"linear, threshold of the last step": "frozen"},
                                                     tried="last step"),
+        "ours, threshold of the last step, after warm-up": Model(
+            [OURS], {"ours, threshold of the last step, after warm-up": "frozen"}, tried="patient"),
+        "linear, threshold of the last step, after warm-up": Model(
+            [LINEAR], {"linear, threshold of the last step, after warm-up": "frozen"}, tried="patient"),
         "ours, ramp": Model([OURS], {"ours, ramp": "frozen"}, tried="ramp"),
         "linear": Model([LINEAR], {"linear": "frozen", "linear, random tokens": "allocation",
                                    "linear, random tokens, even": "random"}),

@@ -59,6 +59,15 @@ def test_the_last_step_stands_alone():
     assert (quantile.points == 0.25).all() and train.RunningQuantile is not testbed.LastStep
 
 
+def test_nobody_skips_in_the_warm_up():
+    """A warm-up that is a step too short or too long, or an average after it."""
+    with testbed.patient():
+        quantile = train.RunningQuantile([1.0, 1.0])
+    quantile.update(torch.rand(2, 50), torch.ones(50, dtype=torch.bool))
+    kinds = [quantile.policy(0.5, "all", "copy_up").kind for _ in range(52)]
+    assert kinds == ["none"] * 50 + ["frozen"] * 2
+
+
 # Views.
 
 def test_allocation_runs_each_branch_its_share():
