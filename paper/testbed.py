@@ -109,7 +109,8 @@ def patient():
     return mock.patch.object(train, "RunningQuantile", Patient)
 
 
-TRIED = {"last step": last_step, "patient": patient, "random skipping": random_skipping, "falling weight": falling_weight, "ramp": ramp}
+TRIED = {"last step": last_step, "patient": patient, "random skipping": random_skipping,
+         "falling weight": falling_weight, "ramp": ramp}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
