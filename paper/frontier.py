@@ -138,7 +138,7 @@ def plot(gated, smaller, path):
             y = [torch.tensor(seeds) for seeds in points.values()]
             axis.errorbar(list(points), [x.mean() for x in y], [x.std() if len(x) > 1 else 0.0 for x in y], capsize=2,
                           marker="s" if label in SMALLER else "o", ls="--" if label in SMALLER else "-", label=label)
-        axis.set(xlabel=f"multiply-accumulates saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
+        axis.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact answers, %")
     axes[0].legend(fontsize="small")
