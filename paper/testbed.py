@@ -119,13 +119,11 @@ TRIED = {"last step": last_step, "patient": patient, "random skipping": random_s
 
 class Allocation(SkipPolicy):
     """Random tokens, but each branch runs the share that the model's own thresholds let it run: what is left of a gate
-    that no longer tells tokens apart."""
-
-    def share(self, branch, valid):
-        return self.masks["prompt" if valid.shape[1] > 1 else "answer"][branch]
+    that no longer tells tokens apart. masks: {"prompt", "answer": 2L shares}."""
 
     def keep(self, branch, scores, valid):
-        some = SkipPolicy("random", max(self.share(branch, valid), 1e-6), self.skip, self.kv, generator=self.generator)
+        share = self.masks["prompt" if valid.shape[1] > 1 else "answer"][branch]
+        some = SkipPolicy("random", max(share, 1e-6), self.skip, self.kv, generator=self.generator)
         return some.keep(branch, scores, valid)
 
 
@@ -157,7 +155,7 @@ def policies_of(view, model, items, seed, rows):
     kind, _, kv = view.partition(" ")
     skip, kv = model.config.gateskip.get("skip", "all"), kv or model.config.gateskip.get("kv", "copy_up")
     taus, less = thresholds_of(model, items, kv) if kind == "frozen" else {}, [b for b in BUDGETS if b < 1.0]
-    of = {"none": SkipPolicy, "first_kept": FirstKept, "allocation": Allocation}.get(kind, SkipPolicy)
+    of = {"first_kept": FirstKept, "allocation": Allocation}.get(kind, SkipPolicy)
     name = kind if kind in ("frozen", "batch") else "random"
     found = {1.0: SkipPolicy("none", 1.0, skip, kv)}
     for b in less if kind != "none" else ():
@@ -182,9 +180,5 @@ def sweep(folder, views, seed):
             known = next((r for r in rows if budget == 1.0 and r["budget"] == 1.0), None)
             row = known or run_row(view, model, tokenizer, problems, policy, budget, args)
             rows.append({**row, "view": view})
-    return [{"view": r["view"], **{key: rounded(r[key]) for key in KEPT},
-             "answer": {key: rounded(r["answer"][key]) for key in OF_ANSWERS}} for r in rows]
-
-
-def rounded(x):
-    return round(x, 5)
+    return [{"view": r["view"], **{key: round(r[key], 5) for key in KEPT},
+             "answer": {key: round(r["answer"][key], 5) for key in OF_ANSWERS}} for r in rows]
