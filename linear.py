@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SMALL = 2 ** 16                                                  # weights: below, oneDNN's 15 us a call are not repaid
+# weights: below, oneDNN's time per call is not repaid (NOTES.md: how much smaller its lead is without AVX-512)
+SMALL = 2 ** (16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 21)
 # oneDNN, and torch's layer above it, compile a program for each new number of rows and keep 1024 of them, a MB each
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):         # read at the first product
     os.environ.setdefault(_cache, "256")

@@ -1,4 +1,5 @@
 """Tests of linear.py: one product, whoever computes it."""
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import linear as linear_py
 from conftest import OperatorNames
 from linear import Linear
 
@@ -28,8 +30,9 @@ def test_construction_draws_nothing():
     ((256, 256), torch.float32, False, True), ((257, 255), torch.float32, False, False),     # 2^16 weights; one fewer
     ((256, 256), torch.float32, True, False), ((256, 256), torch.float64, False, False),
     ((256, 256), torch.bfloat16, False, False)])
-def test_onednn_only_where_it_may_and_pays(size, dtype, with_gradients, taken):
+def test_onednn_only_where_it_may_and_pays(monkeypatch, size, dtype, with_gradients, taken):
     """oneDNN without a gradient in training, in a dtype it was not measured with, or for products too small to gain."""
+    monkeypatch.setattr(linear_py, "SMALL", 2 ** 16)
     linear = Linear(*size).to(dtype)
     for p in linear.parameters():
         p.data.zero_()
@@ -39,10 +42,18 @@ def test_onednn_only_where_it_may_and_pays(size, dtype, with_gradients, taken):
     assert out.shape == (3, size[1]) and out.dtype == dtype and not out.any() and out.requires_grad == with_gradients
 
 
+@pytest.mark.parametrize("cpu, small", [("AVX512", 2 ** 16), ("AVX2", 2 ** 21), ("DEFAULT", 2 ** 21)])
+def test_what_is_small_depends_on_the_cpu(monkeypatch, cpu, small):
+    """oneDNN for SmolLM2's blocks on a CPU without AVX-512, where it is the slower one."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert runpy.run_path(linear_py.__file__)["SMALL"] == small
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 320), (17, 320), (2, 5, 320), (3, 1, 320), (0, 320)])
-def test_linear_is_the_same_product_on_every_path(bias, shape):
+def test_linear_is_the_same_product_on_every_path(monkeypatch, bias, shape):
     """oneDNN fed a strided view or no rows, no bias, less precision, lost gradients, or the path never taken."""
+    monkeypatch.setattr(linear_py, "SMALL", 2 ** 16)
     generator = torch.Generator().manual_seed(0)
     linear = Linear(320, 256, bias=bias)
     for p in linear.parameters():
@@ -61,7 +72,9 @@ def test_linear_is_the_same_product_on_every_path(bias, shape):
 
 RAGGED = """
 import torch
+import linear
 from linear import Linear
+linear.SMALL = 0
 memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
 layers = [Linear(256, 256), Linear(256, 512)]
 with torch.no_grad():
