@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-interop
 setup:
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, xdist, matplotlib, pyarrow" 2>/dev/null \
@@ -17,3 +17,11 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto tests
+
+# transformers and LM Evaluation Harness have an environment of their own
+IPY := .venv-interop/bin/python
+test-interop:
+	@test -x $(IPY) || $(PYTHON) -m venv .venv-interop
+	@$(IPY) -c "import torch, transformers, lm_eval, pytest" 2>/dev/null \
+		|| $(IPY) -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(IPY) -m pytest -q -n auto interop/tests

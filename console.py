@@ -119,7 +119,8 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
 # A command of ours is starting, and has imported nothing else yet: Ctrl-C has nothing to save before run() takes over.
 _commands = [Path(__file__).with_name(f"{name}.py").resolve() for name in
              ("by_hand", "train", "generate", "data", "own_text", "eval_gsm8k", "bench", "bench_peer")]
-_commands += Path(__file__).resolve().parent.glob("paper/*.py")
+for _room in ("paper", "interop"):
+    _commands += Path(__file__).resolve().parent.glob(f"{_room}/*.py")
 if (Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve() in _commands
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from disk import write
 from model import Model
-from read_config import config_from_hf, end_tokens, read_json
+from read_config import config_from_hf, end_tokens, named, read_json
 from tokens import blame
 
 # small files that belong to a model and travel with it unchanged
@@ -252,8 +252,9 @@ def load_tokenizer(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_config(model, folder):
-    """Write config.json, theirs plus the "gateskip" object, replacing an old one in one step."""
+    """Write config.json, theirs plus the "gateskip" object and names that say so, replacing an old one in one step."""
     raw = {key: value for key, value in model.raw_config.items() if key != "gateskip"}
+    raw |= named(raw["architectures"][0], gated=model.config.gate is not None)
     for key in {"dtype", "torch_dtype"} & set(raw) or ["torch_dtype"]:
         raw[key] = str(model.model["embed_tokens"].weight.dtype).removeprefix("torch.")
     gate = model.config.gate
@@ -266,7 +267,8 @@ def save_config(model, folder):
 def save_model(model, folder, tokenizer=None):
     """Write a Hugging Face folder: config.json with its "gateskip" object, model.safetensors, tokenizer and side files.
 
-    The backbone opens in other tools. A tied head is stored once. Parameters keep their dtype. OSError on a full disk.
+    A dense one opens in other tools; those that know no gates refuse the others (read_config.named). A tied head is
+    stored once. Parameters keep their dtype. OSError on a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from console import InputError
 from gates import GRANULARITIES, KV_OF_SKIPPED, GateConfig, check_budget
 from model import ModelConfig
 
-SUPPORTED = ("LlamaForCausalLM", "Gemma2ForCausalLM")
+SUPPORTED = ("LlamaForCausalLM", "Gemma2ForCausalLM")            # with gates "GateSkip" stands in front: named()
 # keys of config.json: read here, of Gemma 2 only, and those that change nothing of what a model computes
 READ = """architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps rope_theta rope_scaling rope_parameters
@@ -34,6 +34,16 @@ def read_json(path):
     return value
 
 
+def named(arch, gated):
+    """{"architectures", "model_type"} for config.json: Hugging Face's own, or those of a model with gates.
+
+    A program that knows no gates so refuses the folder, where it would have dropped them. Earlier versions gave both
+    kinds Hugging Face's names, and are read like the new ones."""
+    arch = arch.removeprefix("GateSkip")
+    kind = "gemma2" if arch == "Gemma2ForCausalLM" else "llama"
+    return {"architectures": ["GateSkip" * gated + arch], "model_type": "gateskip_" * gated + kind}
+
+
 def config_from_hf(raw, name="config.json"):
     """Hugging Face's config dict -> ModelConfig. Reads both styles: rope_theta + rope_scaling, and rope_parameters.
 
@@ -55,10 +65,14 @@ def config_from_hf(raw, name="config.json"):
             raise InputError(f"{name}: {what}")
 
     arch = (get("architectures", list, []) or [None])[0]
+    gated = isinstance(arch, str) and arch.startswith("GateSkip")
+    arch = arch.removeprefix("GateSkip") if gated else arch
     refuse_if(arch not in SUPPORTED, f"architecture {arch!r:.60} is not supported; supported: {', '.join(SUPPORTED)}")
     gemma = arch == "Gemma2ForCausalLM"
     kind, known = ("gemma2", READ + HARMLESS + GEMMA) if gemma else ("llama", READ + HARMLESS)
-    refuse_if((raw.get("model_type") or kind) != kind, f"{arch} has model_type {kind}, not {raw.get('model_type')!r}")
+    names = named(arch, gated)
+    refuse_if((raw.get("model_type") or names["model_type"]) != names["model_type"],
+              f"{names['architectures'][0]} has model_type {names['model_type']}, not {raw.get('model_type')!r}")
     unread = [key for key, value in raw.items() if key not in known and value is not None and key[:1] != "_"
               and (value != 1 if key in NEUTRAL else value)]
     refuse_if(unread, f"{', '.join(unread[:3])} is not supported: this decoder does not read it, and it may change "

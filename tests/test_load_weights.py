@@ -348,10 +348,36 @@ def test_round_trip(name, gate, tmp_path):
     theirs, ours = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "saved"))
     assert ours.pop("dtype") == "float32" and theirs.pop("dtype")
     stored = ours.pop("gateskip", None)
+    if gate:                                                     # a program that knows no gates refuses the folder
+        arch, kind = theirs.pop("architectures")[0], theirs.pop("model_type")
+        assert (ours.pop("architectures"), ours.pop("model_type")) == ([f"GateSkip{arch}"], f"gateskip_{kind}")
     assert ours == theirs
     assert stored == (gate and {**model.config.gateskip, "gate": asdict(GATES[gate])})
     assert load_tokenizer(tmp_path / "saved").encode("a b").ids == [0, 1]
     assert not list((tmp_path / "saved").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["llama_rope3", "gemma2"])
+def test_names_of_a_gated_model(name, tmp_path):
+    """A run of an earlier version, with Hugging Face's names, that no longer opens; a dense model that only we open."""
+    plain = json.loads((GOLDEN / name / "config.json").read_text())
+    plain = {key: plain[key] for key in ("architectures", "model_type")}
+    torch.manual_seed(0)
+    model = load_model(GOLDEN / name, gate=GateConfig("scalar"))
+    save_model(model, tmp_path / "new")
+    raw = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert not set(map(str, plain.values())) & {str(raw[key]) for key in plain}
+    shutil.copytree(tmp_path / "new", tmp_path / "earlier")
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(raw | plain))
+    earlier = load_model(tmp_path / "earlier")
+    assert torch.equal(logits(earlier, name), logits(model, name))
+    save_model(earlier, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == raw
+    save_model(new_model(tmp_path / "new" / "config.json"), tmp_path / "dense")  # drawn from a gated model's config
+    assert {key: json.loads((tmp_path / "dense" / "config.json").read_text())[key] for key in plain} == plain
+    for key in plain:                                            # half of the names
+        (tmp_path / "earlier" / "config.json").write_text(json.dumps(raw | {key: plain[key]}))
+        assert "has model_type" in complaint(load_model, tmp_path / "earlier")
 
 
 @pytest.mark.parametrize("style, key", [("config.json", "dtype"), ("config.hub.json", "torch_dtype")])
