@@ -22,6 +22,6 @@ test: setup
 IPY := .venv-interop/bin/python
 test-interop:
 	@test -x $(IPY) || $(PYTHON) -m venv .venv-interop
-	@$(IPY) -c "import torch, transformers, lm_eval, pytest" 2>/dev/null \
+	@$(IPY) -c "import torch, transformers, lm_eval, accelerate, pytest, xdist" 2>/dev/null \
 		|| $(IPY) -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(IPY) -m pytest -q -n auto interop/tests
