@@ -2,10 +2,12 @@
 import torch
 
 
-def restore(optimizer, state):
+def restore(optimizer, state, ranks=None):
     """Put the optimizer and the random state of a train_state back. ValueError, or what comes of other types, unless
     they are this optimizer's after state["step"] updates."""
     _check_fit(optimizer, state["optimizer"], state["step"])
+    if ranks:                                                    # each keeps its part (shards.py)
+        ranks.cut(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
 

@@ -96,21 +96,25 @@ def _set_aside(out):
         sync(out)
 
 
-def save_checkpoint(out, step, model, tokenizer, optimizer, settings, quantile=None):
+def save_checkpoint(out, step, model, tokenizer, optimizer, settings, quantile=None, ranks=None):
     """Write out/step-NNNNNN under a temporary name, rename it, point `latest` to it, then delete older ones.
 
     All is on the disk before the next thing is done: a kill or a power cut at any instant, or a full disk (OSError),
-    leaves the last good state. InputError for weights that are not finite, or a folder lost. Returns the step's."""
+    leaves the last good state. InputError for weights that are not finite, or a folder lost. Returns the step's.
+    ranks: those that hold a part of it (shards.py); all call this and the first writes."""
     check_held(out)
     final, temporary = out / f"step-{step:06d}", out / f".step-{step:06d}.tmp"
-    if not torch.stack([end for p in model.parameters() for end in p.detach().aminmax()]).isfinite().all():
+    weights, moments = ranks.whole(model, optimizer, out) if ranks else (dict(model.named_parameters()), None)
+    if ranks and ranks.rank:
+        return final
+    if not torch.stack([end for p in weights.values() for end in p.detach().aminmax()]).isfinite().all():
         raise InputError(f"weights are not finite at step {step}: lower --lr; what was saved before stays")
     metrics, begun = out / "metrics.jsonl", out / "metrics.jsonl.tmp"            # see start_run
     try:
         temporary.mkdir(exist_ok=True)                           # and not its parents, if they have gone
-        save_model(model, temporary, tokenizer)
-        state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                 "sums": checksums(temporary), "quantile": quantile}
+        save_model(model, temporary, tokenizer, weights)
+        state = {"step": step, "settings": settings, "optimizer": moments or optimizer.state_dict(),
+                 "rng": torch.get_rng_state(), "sums": checksums(temporary), "quantile": quantile}
         torch.save(state, temporary / "train_state.pt")
         sync_tree(temporary)
         sync(begun if begun.exists() else metrics)               # has the lines up to this step
@@ -197,21 +201,26 @@ def _resume(out, settings):
     return state, folder
 
 
-def start_run(out, state, folder, optimizer):
+def start_run(out, state, folder, optimizer, ranks=None):
     """The first that writes, when all that may be wrong has loaded. Returns metrics.jsonl, open for the next lines.
 
     A resumed run (state, folder: open_run's) cleans first, for the disk may be full. One that overwrites another leaves
     that alone up to its own first save, and writes its metrics under a temporary name until then."""
     check_held(out)
+    try:
+        if state:
+            restore(optimizer, state, ranks)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"--resume: {folder / 'train_state.pt'} is not of this run ({' '.join(str(error).split())}); "
+                         f"{WAY_OUT.format(folder)}") from None
+    if ranks:
+        ranks.wait()                                             # all have read what is there
+        if ranks.rank:
+            return open(os.devnull, "w")
     _delete(out, TEMPORARY)
     if state is None:
         alone = os.listdir(out) == [".lock"]
         return open(out / ("metrics.jsonl" if alone else "metrics.jsonl.tmp"), "w", encoding="utf-8")
-    try:
-        restore(optimizer, state)
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"--resume: {folder / 'train_state.pt'} is not of this run ({' '.join(str(error).split())}); "
-                         f"{WAY_OUT.format(folder)}") from None
     _delete(out, STEP, but=[folder.name])
     write(out / "metrics.jsonl", "".join(line + "\n" for line in metrics_lines(out)[:state["step"]]))
     return open(out / "metrics.jsonl", "a", encoding="utf-8")

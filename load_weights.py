@@ -264,15 +264,16 @@ def save_config(model, folder):
     write(Path(folder) / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
-def save_model(model, folder, tokenizer=None):
+def save_model(model, folder, tokenizer=None, weights=None):
     """Write a Hugging Face folder: config.json with its "gateskip" object, model.safetensors, tokenizer and side files.
 
     A dense one opens in other tools; those that know no gates refuse the others (read_config.named). A tied head is
     stored once. Parameters keep their dtype. OSError on a full disk.
+    weights: {name: tensor} where the model itself holds only a part of them (shards.py).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: p.detach().cpu().contiguous() for key, p in model.named_parameters()}
+    weights = {key: p.detach().cpu().contiguous() for key, p in (weights or dict(model.named_parameters())).items()}
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:

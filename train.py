@@ -7,8 +7,10 @@ First the recipe, then the loop (train), then what stands around it: opening the
 are data.py's, calibration and the table at the end budgets.py's, what a run leaves on disk checkpoint.py's.
 """
 import math
+import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from console import InputError, check_compiler, pick_device, run
@@ -59,29 +61,35 @@ PRESETS = {
 # Algorithm 1
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main(argv=None):
+def main(argv=None, ranks=None):
     args = parse_args(argv)
     gate = None
     if args.gate != "none":
         gate = GateConfig(form=args.gate, arch=args.gate_arch, rank=args.gate_rank, shared=args.gate_shared,
                           input=args.gate_input, placement=args.gate_placement, detach=args.gate_detach)
-    device, dtype = pick_device(args.device, args.dtype, args.tf32)
+    device, dtype = pick_device(ranks.device(args) if ranks else args.device, args.dtype, args.tf32)
     if args.dry_run:
         return dry_run(args, gate, {preset["model"]: name for name, preset in PRESETS.items()})
-    with held(args.out):                                         # one process at a time
-        return train(args, gate, device, dtype, Path(args.out))
+    with nullcontext() if ranks and ranks.rank else held(args.out):              # one process at a time
+        return train(args, gate, device, dtype, Path(args.out), ranks)
 
 
-def train(args, gate, device, dtype, out):
-    """Algorithm 1, and its table at the end. Returns the exit code: 0, or after a signal that of a shell."""
+def train(args, gate, device, dtype, out, ranks=None):
+    """Algorithm 1, and its table at the end. Returns the exit code: 0, or after a signal that of a shell.
+
+    ranks: this process among several (shards.py), None in a plain run."""
     # the run, the model, the data
     torch.manual_seed(args.seed)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     settings["digests"] = {flag: digest(getattr(args, flag)) for flag in ("data", "eval_data")}
     if args.teacher:
         settings["digests"]["teacher"] = model_digest(find_folder(args.teacher))
+    if ranks:
+        ranks.wait()                                             # until the first holds --out
     state, saved = open_run(args, settings)                      # of the run to resume, and its folder; or None
-    model, tokenizer = open_model(args, gate, device, dtype)
+    model, tokenizer = open_model(args, gate, "cpu" if ranks else device, dtype)
+    if ranks:
+        ranks.shard(model, device)
     teacher = open_teacher(args.teacher, model, tokenizer, args.seq_len) if args.teacher else None
     alpha = args.distill_weight if teacher else 0.0
     sets = load_sets(args, tokenizer, model.config.eos_ids[0], HELD_OUT)
@@ -100,7 +108,7 @@ def train(args, gate, device, dtype, out):
     quantile = None
     if gate and args.threshold == "global":
         quantile = RunningQuantile(branch_costs(model.config, args.skip), state and state["quantile"])
-    metrics = start_run(out, state, saved, optimizer)            # writes: all that may be wrong has loaded
+    metrics = start_run(out, state, saved, optimizer, ranks)     # writes: all that may be wrong has loaded
     first = 0 if state is None else state["step"]
     say_sizes(model, trained.values(), f"step {first} of {args.steps}, out {out}")
     forward = torch.compile(model) if args.compile else model
@@ -109,6 +117,7 @@ def train(args, gate, device, dtype, out):
     came = []                                                    # Ctrl-C, SIGTERM: finish the step, save, leave
     before = {number: signal.signal(number, lambda number, _: came.append(number))
               for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN}
+    stop = came                                                  # of several ranks: what all know of
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=0.5)
     for step in bar:                                                                             # line 1
         picked = batch_at(len(sets["train"]), args.batch_size * args.grad_accum, args.seed, step)
@@ -121,6 +130,7 @@ def train(args, gate, device, dtype, out):
             group["lr"] = group.get("scale", 1.0) * learning_rate(step, args.steps, args.lr, args.warmup)
 
         answer_tokens, tokens = sum(sum(mask) for _, mask in picked), sum(len(ids) for ids, _ in picked)
+        picked = picked[ranks.rank::ranks.world] if ranks else picked
         seen = []                                                # scores (2L, B * S) and valid (B * S) for the quantile
         sums = dict.fromkeys(("ce", "kl", "sparsity", "scores", "kept", "pairs"), torch.zeros((), device=device))
         for start in range(0, len(picked), args.batch_size):
@@ -138,7 +148,8 @@ def train(args, gate, device, dtype, out):
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
                 sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b, costs)
-            ((1 - alpha) * ce + alpha * kl + args.sparsity_weight * sparsity).backward()         # line 19: L, eq. 5
+            loss = (1 - alpha) * ce + alpha * kl + args.sparsity_weight * sparsity               # line 19: L, eq. 5
+            (loss * ranks.world if ranks else loss).backward()   # FSDP takes the ranks' mean, and L is their sum
             with torch.no_grad():
                 now = {"ce": ce, "kl": kl, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
                        "pairs": trace.valid.sum() * len(trace.keep)}
@@ -148,10 +159,13 @@ def train(args, gate, device, dtype, out):
                 if quantile:
                     seen.append((torch.stack(trace.scores).flatten(1), trace.valid.flatten()))
         if quantile:
-            quantile.update(*(torch.cat(x, -1) for x in zip(*seen)))
+            seen = [torch.cat(x, -1) for x in zip(*seen)]
+            quantile.update(*(ranks.gather(*seen) if ranks else seen))
         for p in trained.values():                               # a branch that nobody passed has none: as in masked
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), TABLE_15["clip"])
+        if ranks:
+            sums, norm, stop = ranks.agree(sums, norm, came)
         # the loop's only wait for the device; compact waits once a branch too
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
@@ -168,19 +182,24 @@ def train(args, gate, device, dtype, out):
         add_line(metrics, row)
         bar.set_postfix_str(f"loss {row['loss']:.3f} ce {row['ce']:.3f}" + (
             f" gate {row['gate_mean']:.3f} budget {b:.2f} skipped {row['skipped']:.1%}" if gate else ""))
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or came:
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
             saved = save_checkpoint(out, step + 1, model, tokenizer, optimizer, settings,
-                                    quantile and quantile.points)
-        if came:
+                                    quantile and quantile.points, ranks)
+        if stop:
             break
     bar.close()
     metrics.close()                                                                              # line 20
     for number, handler in before.items():
         signal.signal(number, handler)
-    if came:
+    if ranks:
+        ranks.leave(optimizer)
+    if stop:
         print(f"stopped after step {int(saved.name[5:])}; saved in {out}. Go on with the same command and --resume")
-        return 128 + came[0]
+        return 128 + stop[0]
 
+    if ranks and ranks.rank:                                     # the rest is for one
+        return 0
+    model = load_model(saved, device=device, dtype=dtype) if ranks else model
     plot_metrics(out)
     finish(model.eval(), args, sets, saved, quantile)
     print(f"\nsaved in {out}; try: python generate.py --model {out} --show-compute --question \"...\"")
@@ -353,5 +372,8 @@ def parse_args(argv):
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" in os.environ:                      # torchrun started this: several GPUs
+        from shards import on_every_rank
+        main = on_every_rank(main)
     run(main, interrupted="interrupted: what was saved in --out stays, --resume goes on with it",
         out_of_memory="lower --batch-size or --seq-len (and raise --grad-accum), or add --checkpoint-activations")

@@ -21,7 +21,7 @@ ALLOWED = {
     "metrics": {"console", "disk"}, "adam_state": set(), "distill": {"console", "load_weights"},
     "dry_run": {"console", "data", "load_weights", "model", "read_config", "savings"},
     "checkpoint": {"console", "adam_state", "disk", "load_weights", "metrics"},
-    "branches": {"console", "disk"},
+    "branches": {"console", "disk"}, "shards": {"console"},
     "skip_map": {"console", "disk", "gates", "savings"},
     "generate": {"console", "branches", "flags", "data", "gates", "load_weights", "rows", "savings", "skip_map",
                  "thresholds", "tokens"},
