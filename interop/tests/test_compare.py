@@ -9,7 +9,6 @@ import export
 from conftest import complaint
 from gates import GateConfig
 from load_weights import save_model
-from problems import arithmetic
 from toy_runs import toy, words
 
 

@@ -1,0 +1,301 @@
+"""The paper's benchmarks on a model, at several budgets: scores, standard errors, and what was skipped for them.
+
+    python paper/evaluate.py --model runs/smol --tasks piqa lambada --budgets 1.0 0.8 0.6 --limit 500 --data qa \\
+        --out runs/smol-eval.json
+
+Tasks are defined in tasks.py, their rows read by task_rows.py, log-likelihoods made by score.py. Rows are written as
+they come, with the score of every question, and the same command goes on where it was stopped. Under --selector frozen
+(the thresholds of the run) no answer depends on --batch-size or on the order; under batch, the paper's quantile, all
+do, so compare rows of one batch size only.
+"""
+import json
+import math
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, pick_device, run
+from flags import Parser, add_machine_flags, seed_number, whole
+
+import torch
+from tqdm import tqdm
+
+from disk import only_one, write
+from gates import check_budget
+from generate import generate
+from load_weights import check_fit, load_model, load_tokenizer, model_digest, read_json
+from opened import check_own
+from savings import Savings
+from score import encode_pair, log_likelihoods
+from study import commit
+from sweep import interpolate
+from task_rows import rows as rows_of
+from tasks import GROUPS, TASKS, expand, extract, with_examples
+from thresholds import make_policy
+from tokens import decode, encode
+
+NUMBERS, AT = ("skipped", "skipped_per_call", "macs_saved"), (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One task at one budget: {name of a metric: value per question}
+# ---------------------------------------------------------------------------------------------------------------------
+
+def score_choices(task, docs, answers):
+    """acc: the likeliest choice is right (the first of equals); acc_norm: the likeliest per character."""
+    first = lambda values: max(range(len(values)), key=values.__getitem__)
+    metrics = {"acc": [], "acc_norm": []} if task.norm else {"acc": []}
+    for doc, found in zip(docs, answers):
+        scores = [score for score, _ in found]
+        metrics["acc"].append(float(first(scores) == doc.gold))
+        if task.norm:
+            per = [score / (len(rest) - 1) for score, (_, rest) in zip(scores, doc.pairs)]       # without the space
+            metrics["acc_norm"].append(float(first(per) == doc.gold))
+    return metrics
+
+
+def windows(ids, before, most):
+    """Cut a text's ids into (context, continuation) so that each is scored once, behind up to `most` ids in all."""
+    first = [([before], ids[:most])]
+    return first + [(ids[start - 1:start], ids[start:start + most]) for start in range(most, len(ids), most)]
+
+
+def log_scores(model, tokenizer, task, docs, policy, args, savings):
+    """(metrics, what each question scored: lists of log-likelihoods) of a task without generation."""
+    before = args.bos_id if args.bos_id is not None else next(iter(model.config.eos_ids), None)
+    if task.kind == "text":
+        questions = [windows(encode(tokenizer, doc.size, front=False), before, model.config.max_position_embeddings)
+                     for doc in docs]
+    else:
+        bos = args.bos_id if args.bos else None
+        questions = [[(context or [before], rest) for context, rest, _ in
+                      (encode_pair(tokenizer, *pair, bos=bos) for pair in doc.pairs)] for doc in docs]
+    found = log_likelihoods(model, policy, questions, args.batch_size, savings)
+    sums = [[score for score, _ in mine] for mine in found]
+    if task.kind == "choice":
+        return score_choices(task, docs, found), sums
+    if task.kind == "word":
+        return {"acc": [float(greedy) for ((_, greedy),) in found], "log_likelihood": [mine[0] for mine in sums]}, sums
+    return {"log_likelihood": [sum(mine) for mine in sums], "tokens": [sum(len(r) for _, r in q) for q in questions],
+            "words": [len(re.split(r"\s+", doc.size)) for doc in docs],
+            "bytes": [len(doc.size.encode()) for doc in docs]}, sums
+
+
+class AllEnded(Exception):
+    """Every text of a batch has met a stop: nothing is left to generate."""
+
+
+def written(model, tokenizer, prompts, room, policy, stops, savings):
+    """Continue prompts (lists of ids) greedily -> their texts, cut at the first stop string. A text that has met one
+    runs along, unread, until the last of its batch has."""
+    ends, new, ended = set(model.config.eos_ids), [[] for _ in prompts], set()
+
+    def take(i, token):
+        if i not in ended:
+            new[i].append(token)
+            if token in ends or any(stop in decode(tokenizer, new[i], special=True) for stop in stops):
+                ended.add(i)
+        if len(ended) == len(prompts):
+            raise AllEnded
+
+    count = lambda trace: savings.add(trace, "answer" if any(new) else "prompt")
+    with suppress(AllEnded):
+        generate(model, prompts, room, policy, ends, on_token=take, on_pass=count)
+    texts = [decode(tokenizer, [token for token in ids if token not in ends], special=True) for ids in new]
+    return [re.split("|".join(map(re.escape, stops)), text)[0] for text in texts]
+
+
+def generated_scores(model, tokenizer, task, docs, policy, args, savings):
+    """(metrics, texts) of a generative task, longest prompts first, in batches of --batch-size."""
+    prompts = [encode(tokenizer, doc.prompt) for doc in docs]
+    if args.bos:
+        prompts = [ids if ids[:1] == [args.bos_id] else [args.bos_id] + ids for ids in prompts]
+    order, texts = sorted(range(len(docs)), key=lambda i: (-len(prompts[i]), i)), [None] * len(docs)
+    for start in tqdm(range(0, len(order), args.batch_size), desc="answers", leave=False):
+        batch = order[start:start + args.batch_size]
+        for i, text in zip(batch, written(model, tokenizer, [prompts[i] for i in batch], args.max_new_tokens, policy,
+                                          task.stops, savings)):
+            texts[i] = text
+    if task.bleu:
+        return {}, texts
+    strict, loose = ([extract(text, pattern, last) for text in texts]
+                     for pattern, last in ((task.strict, False), (task.loose, True)))
+    right = lambda found: [float(answer == doc.gold) for answer, doc in zip(found, docs)]
+    return {"acc": right(strict), "flexible": right(loose),
+            "invalid": [float(answer == "[invalid]") for answer in strict]}, texts
+
+
+def summary(task, docs, metrics, texts):
+    """{metric: value, "..._stderr": its standard error (sample deviation over root n)} from values per question."""
+    out, n = {}, len(docs)
+    for name in ("acc", "acc_norm", "flexible", "invalid"):
+        if name in metrics:
+            mean = sum(metrics[name]) / n
+            out[name] = mean
+            out[f"{name}_stderr"] = (sum((x - mean) ** 2 for x in metrics[name]) / max(n - 1, 1) / n) ** 0.5
+    total = sum(metrics.get("log_likelihood", ()))
+    if task.kind == "word":
+        out["perplexity"] = math.exp(-total / n)                 # of a word, not of a token
+    if task.kind == "text":
+        out |= {f"{unit}_perplexity": math.exp(-total / sum(metrics[f"{unit}s"])) for unit in ("token", "word", "byte")}
+    if task.bleu:
+        out["bleu"] = bleu(texts, [doc.gold for doc in docs])
+    return out
+
+
+def bleu(texts, references):
+    """Corpus BLEU, 0 to 100. InputError without sacrebleu."""
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise InputError("BLEU needs sacrebleu: pip install sacrebleu") from None
+    return corpus_bleu(texts, [references]).score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAIN = ("acc", "bleu", "word_perplexity")                        # what a task is known by, and what stands beside it
+BESIDE = ("acc_norm", "perplexity", "flexible", "token_perplexity")
+HEADER = (f"{'task':36} {'budget':>6} {'n':>6} {'score':>15} {'beside it':>26} {'skipped':>8} {'per call':>8} "
+          f"{'macs_saved':>10}")
+
+
+def line_of(r):
+    def told(name):
+        if r.get(f"{name}_stderr") is None:
+            return f"{r[name]:.4g}"
+        return f"{r[name]:.2%} ± {r[f'{name}_stderr']:.2%}"
+    main, beside = (next((name for name in names if name in r), None) for names in (MAIN, BESIDE))
+    return (f"{r['task']:36} {r['budget']:6.3f} {r['n']:6} {told(main):>15} "
+            f"{f'{beside} {told(beside)}' if beside else '':>26} {r['skipped']:8.1%} {r['skipped_per_call']:8.1%} "
+            f"{r['macs_saved']:+10.1%}")
+
+
+def grouped(rows, names):
+    """Rows of the MMLU groups among the names asked for: micro means over all questions of their subjects."""
+    found = []
+    for group in (name for name in names if name in GROUPS and name.startswith("mmlu")):
+        for budget in dict.fromkeys(r["budget"] for r in rows):
+            mine = [r for r in rows if r["budget"] == budget and r["task"] in GROUPS[group]]
+            if len(mine) == len(GROUPS[group]):
+                n = sum(r["n"] for r in mine)
+                mean = lambda key: sum(r[key] * r["n"] for r in mine) / n
+                found.append({"task": group, "budget": budget, "n": n, "acc": mean("acc"),
+                              "acc_stderr": (mean("acc") * (1 - mean("acc")) / max(n - 1, 1)) ** 0.5,
+                              **{key: mean(key) for key in NUMBERS}})
+    return found
+
+
+def lines_at(rows):
+    """Lines to print: each task's score at exact savings, linear between the rows, "-" outside them."""
+    lines = []
+    for key in ("skipped", "macs_saved"):
+        lines += ["", f"score at exactly ({key})" + " " * (36 - 20 - len(key)) + "".join(f"{x:>8.0%}" for x in AT)]
+        for name in dict.fromkeys(r["task"] for r in rows):
+            mine = [r for r in rows if r["task"] == name]
+            main = next(m for m in MAIN if m in mine[0])
+            values = interpolate([(r[key], r[main]) for r in mine], AT)
+            told = "{:8.1%}" if main == "acc" else "{:8.2f}"
+            lines.append(f"{name:36}" + "".join("       -" if v is None else told.format(v) for v in values))
+    return lines
+
+
+def rows_in(file, made_with):
+    """The rows of a stopped command; [] for a new file. InputError for those of other settings, or a damaged file."""
+    stored = read_json(file) if file.exists() else {"made_with": made_with, "rows": []}
+    if changed := [f"{key} {stored['made_with'].get(key)}, now {now}" for key, now in made_with.items()
+                   if stored["made_with"].get(key) != now]:
+        raise InputError(f"--out {file} holds rows of other settings ({'; '.join(changed)}): give another --out")
+    good = lambda r: r["task"] in TASKS and all(math.isfinite(r[key]) for key in ("budget", "n", *NUMBERS))
+    try:
+        if all(map(good, stored["rows"])):
+            return stored["rows"]
+    except (KeyError, TypeError):
+        pass
+    raise InputError(f"--out {file} is damaged: give another --out")
+
+
+def parse_args(argv):
+    p = Parser("The paper's benchmarks on a model, at several budgets.")
+    add = p.add_argument
+    add("--model", required=True, help="folder, a run's --out, or hub id, with gates or without")
+    add("--tasks", nargs="+", required=True, metavar="TASK",
+        help=f"{', '.join(name for name in TASKS if not name.startswith('mmlu_') or name == 'mmlu_gen')}, a subject as "
+        f"mmlu_anatomy, or a group: {', '.join(GROUPS)}")
+    add("--budgets", type=check_budget, nargs="+", help="default: those that the model is calibrated for, and 1.0")
+    add("--selector", choices=("frozen", "batch", "random"), default="frozen", help="who skips below budget 1.0")
+    add("--shots", type=whole(0), default=0, help="examples before each question of a log-likelihood task")
+    add("--limit", type=whole(0), default=0, help="the first N questions of each task; 0: all")
+    add("--batch-size", type=whole(1), default=16, help="rows that run together")
+    add("--data", metavar="DIR", help="folder with files of the data sets; what is not there comes from the hub")
+    add("--max-new-tokens", type=whole(1), default=256, help="of a generated answer")
+    add("--bos", action="store_true", help="BOS in front of every text where the tokenizer puts none")
+    add("--seed", type=seed_number, default=1234, help="of the examples, and of random skipping")
+    add("--out", required=True, metavar="JSON", help="the file of the rows")
+    add_machine_flags(p)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = expand(args.tasks)
+    if unknown := [name for name in names if name not in TASKS]:
+        raise InputError(f"--tasks {' '.join(unknown)}: not known; --help lists the tasks")
+    check_own("--out", args.out, "made_with")
+    with only_one(f"{Path(args.out)}.lock"):                     # else two commands at once lose each other's rows
+        return fill(args, names)
+
+
+def fill(args, names):
+    """Measure what --out lacks and print it all."""
+    file, (device, dtype) = Path(args.out), pick_device(args.device, args.dtype)
+    model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
+    check_fit(model, tokenizer)
+    args.bos_id = model.raw_config.get("bos_token_id")
+    if args.bos and args.bos_id is None:
+        raise InputError(f"--bos: {args.model} names no bos_token_id: leave --bos out")
+    budgets = args.budgets or sorted({1.0, *map(float, model.config.gateskip.get("thresholds", ()))}, reverse=True)
+    policies = {b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
+                for b in budgets}
+    docs, origins = {}, {}
+    for name in names:                                           # all that may be wrong is said before the first row
+        task = TASKS[name]
+        shots = args.shots if task.shots else 0
+        found, origins[name] = rows_of(task.rows, task.split, args.data)
+        others = rows_of(task.rows, task.shots, args.data)[0] if shots else ()
+        if shots and len(others) < shots + (task.draws or 0):
+            raise InputError(f"--shots {shots}: {name} has only {len(others)} examples to draw from")
+        docs[name] = with_examples(task, found[:args.limit or None], others, shots, args.seed)
+        if task.bleu:
+            bleu(["a"], ["a"])
+    made_with = {"model": model_digest(model.source), "selector": args.selector, "shots": args.shots,
+                 "limit": args.limit, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
+                 "bos": args.bos, "seed": args.seed, "dtype": args.dtype, "device": device.type}
+    rows = rows_in(file, made_with)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit()}
+    done = {(r["task"], r["budget"]) for r in rows}
+    print(f"\n{HEADER}", *map(line_of, rows), sep="\n", flush=True)
+    todo = [(name, b) for name in names for b in budgets if (name, b) not in done]
+    for name, b in tqdm(todo, desc="tasks x budgets"):
+        task, savings = TASKS[name], Savings(model.config)
+        measure = generated_scores if task.kind == "answer" else log_scores
+        metrics, scores = measure(model, tokenizer, task, docs[name], policies[b], args, savings)
+        saved = savings.report()
+        rows.append({"task": name, "budget": b, "n": len(docs[name]), "data": origins[name],
+                     **summary(task, docs[name], metrics, scores), **{key: saved[key] for key in NUMBERS},
+                     "scores": scores, "versions": versions})
+        write(file, json.dumps({"settings": {**vars(args), "order": "as in the file; longest first in batches"},
+                                "made_with": made_with, "rows": rows}, indent=1))
+        tqdm.write(line_of(rows[-1]))
+    groups = grouped(rows, args.tasks)
+    print(*map(line_of, groups), *lines_at(rows + groups), f"\nwritten: {file}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, interrupted="stopped: the rows so far are in --out, and the same command goes on")

@@ -1,0 +1,180 @@
+"""The rows of the benchmarks' data sets, from the hub or from files in the formats in which they were published.
+
+rows("piqa", "validation", folder) looks into a folder given with --data for a file of one of the names in SOURCES, in
+it or in its folder of the data set's name; without a folder, or a file, the hub is asked. Whatever the format, a row
+comes out with the columns of the hub's data set, which is what tasks.py reads.
+"""
+import bz2
+import csv
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is. hub: {split: file in the repository}; files: {split: names of a file at hand}."""
+    repo: str
+    hub: dict
+    files: dict
+    revision: str = "main"
+    columns: tuple = ()
+
+
+def parquet(folder, *splits, revision="main"):
+    """{split: file} in the hub's usual layout, or in that of its own conversion."""
+    if revision == "refs/convert/parquet":
+        return {split: f"{folder}/{split}/0000.parquet" for split in splits}
+    return {split: f"{folder}/{split}-00000-of-00001.parquet" for split in splits}
+
+
+CONVERTED = "refs/convert/parquet"                               # by the hub, of data sets that came with a script
+SOURCES = {
+    "mmlu": Source("cais/mmlu", {}, {}, columns=("question", "choices", "answer")),              # see source_of
+    "hellaswag": Source("Rowan/hellaswag", parquet("default", "train", "validation", revision=CONVERTED), {
+        "train": ("hellaswag_train.jsonl",), "validation": ("hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2")},
+        CONVERTED, ("endings", "label")),
+    "commonsense_qa": Source("tau/commonsense_qa", parquet("data", "train", "validation"), {
+        "train": ("train_rand_split.jsonl", "commonsenseqa_train.jsonl"),
+        "validation": ("dev_rand_split.jsonl", "commonsenseqa_dev.jsonl")},
+        columns=("question", "choices", "answerKey")),
+    "piqa": Source("baber/piqa", {s: f"piqa_{s}.parquet" for s in ("train", "validation")}, {
+        "train": ("piqa_train.jsonl", "train.jsonl"), "validation": ("piqa_valid.jsonl", "valid.jsonl")},
+        columns=("goal", "sol1", "sol2", "label")),
+    "openbookqa": Source("allenai/openbookqa", parquet("main", "train", "validation", "test"), {
+        "train": ("openbookqa_train.tsv", "train.tsv"), "validation": ("openbookqa_dev.tsv", "dev.tsv"),
+        "test": ("openbookqa_test.tsv", "test.tsv")}, columns=("question_stem", "choices", "answerKey")),
+    "winogrande": Source("allenai/winogrande", parquet("winogrande_xl", "train", "validation", revision=CONVERTED), {
+        "train": ("train_xl.jsonl",), "validation": ("dev.jsonl",)}, CONVERTED,
+        ("sentence", "option1", "option2", "answer")),
+    "lambada": Source("EleutherAI/lambada_openai", {"test": "data/lambada_test.jsonl"}, {
+        "test": ("lambada_test.jsonl",)}, columns=("text",)),
+    "wikitext": Source("EleutherAI/wikitext_document_level", parquet(
+        "wikitext-2-raw-v1", "validation", "test"), {"validation": ("wikitext2_valid.txt", "wiki.valid.tokens"),
+                                                     "test": ("wikitext2_test.txt", "wiki.test.tokens")},
+        columns=("text",)),
+    "gsm8k": Source("openai/gsm8k", parquet("main", "train", "test"), {
+        "train": ("train.jsonl",), "test": ("test.jsonl",)}, columns=("question", "answer")),
+    "wmt16": Source("wmt/wmt16", parquet("ro-en", "train", "validation", "test"), {}, columns=("translation",)),
+}
+
+
+def source_of(name):
+    """The Source of a data set; of "mmlu/anatomy", a subject of it, or of "mmlu/all"."""
+    if not name.startswith("mmlu/"):
+        return SOURCES[name]
+    part, whole = name[5:], SOURCES["mmlu"]
+    return Source(whole.repo, parquet(part, "dev", "validation", "test"), {
+        split: (f"{split}/{part}_{split}.csv", f"{part}_{split}.csv") for split in ("dev", "test")},
+        columns=whole.columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read(path):
+    """A file -> list of dicts, one per row. InputError for a format that is not known, and for what cannot be read."""
+    name = path.name
+    if not name.endswith((".parquet", ".jsonl", ".csv", ".tsv", ".txt", ".txt.bz2", ".tokens")):
+        raise InputError(f"{path}: its format is not known: parquet, jsonl, csv, tsv, txt and txt.bz2 are")
+    try:
+        if name.endswith(".parquet"):
+            try:
+                from pyarrow.parquet import read_table
+            except ImportError:
+                raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+            return read_table(path).to_pylist()
+        text = (bz2.decompress(path.read_bytes()) if name.endswith(".bz2") else path.read_bytes()).decode()
+        if name.endswith(".jsonl"):
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        if name.endswith(".csv"):
+            return mmlu_rows(list(csv.reader(text.splitlines(keepends=True))))
+        if name.endswith(".tsv"):
+            return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        if name.endswith(".txt.bz2"):                            # six lines each: context, number of the right, endings
+            lines = text.splitlines()
+            return [{"ctx": lines[i], "label": lines[i + 1], "endings": lines[i + 2:i + 6]}
+                    for i in range(0, len(lines) - 5, 6)]
+        pages = re.split(r"\n(?= = [^=].*[^=] = *\n)", f"\n{text}")            # each begins with " = Its title = "
+        return [{"text": page.strip()} for page in pages if page.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, ValueError, IndexError, csv.Error) as error:
+        raise InputError(f"{path}: not readable in its format: {' '.join(str(error).split())[:160]}") from None
+
+
+def mmlu_rows(lines):
+    """Lists of columns, with a header (question, choice0, ..., answer 0 to 3) or without (..., answer A to D)."""
+    if lines and lines[0][0] == "question":
+        lines = lines[1:]
+    number = lambda answer: "ABCD".index(answer) if answer.isalpha() else int(answer)
+    return [{"question": line[0], "choices": line[1:5], "answer": number(line[5])} for line in lines]
+
+
+def options(text):
+    """"(A) one (B) two" -> (["A", "B"], ["one", "two"])"""
+    marks = list(re.finditer(r"\(([A-D])\) ", text))
+    ends = [m.start() for m in marks[1:]] + [len(text)]
+    return [m[1] for m in marks], [text[m.end():end].strip() for m, end in zip(marks, ends)]
+
+
+def as_on_the_hub(row, labels, number):
+    """A row with the hub's columns, whatever the published file calls them. labels: of PIQA's second file."""
+    if labels:
+        row = row | {"label": int(labels[number])}
+    if "Question Stem" in row:
+        letters, texts = options(row["Choices"])
+        row = {"question_stem": row["Question Stem"], "choices": {"label": letters, "text": texts},
+               "answerKey": row["Answer Key"]}
+    if "page" in row:                                            # wikitext by documents
+        row = {"text": row["page"]}
+    if isinstance(row.get("question"), dict):
+        found = row["question"]["choices"]
+        row = row | {"question": row["question"]["stem"],
+                     "choices": {key: [choice[key] for choice in found] for key in ("label", "text")}}
+    return row
+
+
+def find(name, split, folder):
+    """(path of the split, where it came from). The hub's are kept in its own cache. InputError where there is none."""
+    source = source_of(name)
+    names = source.files.get(split, ())
+    parts = [Path(folder), Path(folder) / name.split("/")[0]] if folder else []
+    tried = [part / file for part in parts for file in (*names, source.hub.get(split, ""), f"{split}.parquet") if file]
+    for path in tried:
+        if path.is_file():
+            return path, str(path)
+    if split not in source.hub:
+        raise InputError(f"{name} has no split called {split}" + (f" in --data {folder}" if folder else ""))
+    from huggingface_hub import hf_hub_download
+    try:
+        path = Path(hf_hub_download(source.repo, source.hub[split], repo_type="dataset", revision=source.revision))
+    except Exception as error:  # of many kinds: no network, no such file, a licence
+        raise InputError(f"{name}, split {split}: not in --data {folder}, where {', '.join(names) or 'no file'} would "
+                         f"do, and the hub's {source.repo} cannot be had ({' '.join(str(error).split())[:120]}): "
+                         "download it and give its folder by --data") from None
+    return path, f"{source.repo}@{path.resolve().parts[-len(Path(source.hub[split]).parts) - 1]}"
+
+
+def rows(name, split, folder=None):
+    """(list of rows of a split, where they came from: a path, or the repository with its commit).
+
+    name: a key of SOURCES, or "mmlu/SUBJECT". InputError for a split, a format or a column that it lacks."""
+    path, origin = find(name, split, folder)
+    found, beside = read(path), path.with_name(f"{path.stem}-labels.lst")        # PIQA has a file of answers
+    labels = beside.read_text().split() if beside.is_file() else []
+    if labels and len(labels) != len(found):
+        raise InputError(f"{path}: {len(found)} rows and {len(labels)} labels beside it")
+    if not found:
+        raise InputError(f"{path}: there are no rows in it")
+    found = [as_on_the_hub(row, labels, i) for i, row in enumerate(found)]
+    for number, row in enumerate(found, 1):
+        if lacking := [column for column in source_of(name).columns if column not in row]:
+            raise InputError(f"{path}, row {number}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}")
+    subject = {"subject": name[5:]} if name.startswith("mmlu/") else {}
+    return [subject | row for row in found], origin

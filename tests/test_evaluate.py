@@ -1,0 +1,294 @@
+"""score.py and evaluate.py: scores against a plain loop, what sharing and batches may change, and the command."""
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from conftest import VOCAB, build, complaint, frozen, gemma, llama, tokens
+from gates import SkipPolicy
+from load_weights import load_tokenizer, save_model
+from savings import Savings
+from thresholds import make_policy
+from toy_runs import ROOT, TINY, toy, words
+
+sys.path.insert(0, str(ROOT / "paper"))
+
+import evaluate
+import score
+from score import batches, common, encode_pair, log_likelihoods
+from tasks import TASKS, Doc
+
+FAMILIES = {"llama": llama, "gemma": gemma}
+
+
+def questions():
+    """Ids of questions with choices: of one token, of several, of other contexts, equal ones, one a part of another."""
+    draw = torch.Generator().manual_seed(3)
+    ids = lambda n: torch.randint(0, VOCAB, (n,), generator=draw).tolist()
+    long, short = ids(9), ids(3)
+    return [[(long, [a]) for a in (5, 6, 7)], [(short, ids(n)) for n in (4, 1, 6)], [(long + [1], [8, 9]), (long, [1])],
+            [(long[:4] + ids(2), [3, 4]), (long[:4] + ids(3), [3, 4])], [(short, [11, 12]), (short, [11, 12, 13])],
+            [(ids(2), [2]), (ids(5), [2, 3])], [(long, [5])]]
+
+
+def by_hand(model, policy):
+    """One row at a time, whole, masked; the sum of log-softmax picks."""
+    found = []
+    for question in questions():
+        found.append([])
+        for context, rest in question:
+            logp = model(torch.tensor([context + rest]), policy=policy)[0][0].double().log_softmax(-1)       # (S, V)
+            at = range(len(context) - 1, len(context) + len(rest) - 1)
+            found[-1].append((sum(logp[i, token].item() for i, token in zip(at, rest)),
+                              all(logp[i].argmax() == token for i, token in zip(at, rest))))
+    return found
+
+
+def same(a, b, tolerance=1e-8):
+    return all(len(x) == len(y) and all(abs(s - t) < tolerance and g == h for (s, g), (t, h) in zip(x, y))
+               for x, y in zip(a, b, strict=True))
+
+
+def run_all(model, policy, size, share=True):
+    savings = Savings(model.config)
+    return log_likelihoods(model, policy, questions(), size, savings, share), savings.report()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["none", "frozen"])
+def test_frozen_scores_are_those_of_a_plain_loop(family, kind):
+    """A choice that reads another's rest, a border off by one, padding that is seen, a batch that matters."""
+    model = build(FAMILIES[family](max_position_embeddings=32))
+    policy = SkipPolicy() if kind == "none" else frozen(model, tokens(3, 12))
+    wanted = by_hand(model, policy)
+    for size in (1, 3, 8, 100):
+        for share in (True, False):
+            found, saved = run_all(model, policy, size, share)
+            assert same(found, wanted), (size, share)
+            assert (saved["skipped"] > 0.1) == (kind == "frozen")
+
+
+@torch.no_grad()
+def test_batch_scores_depend_on_the_batch():
+    """A quantile that is none of the batch's, and a promise that nobody could keep."""
+    model = build(llama(max_position_embeddings=32))
+    policy = make_policy(model.config, "batch", 0.7)
+    one, again, other = (run_all(model, policy, size)[0] for size in (3, 3, 8))
+    assert same(one, again) and not same(one, other, 1e-3)
+    assert same(run_all(model, make_policy(model.config, "batch", 1.0), 3)[0], by_hand(model, SkipPolicy()))
+
+
+@torch.no_grad()
+def test_what_choices_share_is_read_once():
+    """A prefix per choice, or a row per letter."""
+    model = build(llama(max_position_embeddings=32))
+    alone, shared = (run_all(model, SkipPolicy(), 4, share)[1]["pairs"] / 8 for share in (False, True))
+    rows = [{tuple((c + r)[:-1]) for c, r in question} for question in questions()]
+    assert alone == sum(map(len, set().union(*rows)))            # every row once, whoever asks
+    assert shared == 9 + (3 + 3 + 0 + 5) + (9 + 2) + (4 + 3 + 4) + (4 + 0 + 1) + (2 + 6)
+
+
+@torch.no_grad()
+def test_too_long_loses_tokens_on_the_left():
+    """A continuation that is cut, or a question that is refused for its length."""
+    model = build(llama(max_position_embeddings=6))
+    context, rest = list(range(20, 30)), [3, 4, 5]
+    (((found, _),),) = log_likelihoods(model, SkipPolicy(), [[(context, rest)]], 4, Savings(model.config))
+    logp = model(torch.tensor([(context + rest)[-7:-1]]))[0][0].log_softmax(-1)
+    assert found == pytest.approx(sum(logp[i, token].item() for i, token in zip((3, 4, 5), rest)))
+    for question in ([([], [1])], [([1], [])], [([1], list(range(7)))]):
+        assert "--bos" in complaint(log_likelihoods, model, SkipPolicy(), [question], 4, Savings(model.config))
+
+
+def test_batches_and_prefixes():
+    assert list(batches([(1,), (2, 2), (3,), (4, 4, 4, 4)], 3)) == [[(1,), (2, 2)], [(3,)], [(4, 4, 4, 4)]]
+    assert common(((1, 2, 3), (1, 2), (1, 2, 4))) == 2 and common(((1,), (2,))) == 0
+
+
+def test_context_and_continuation_are_encoded_together():
+    """Blanks at the border that make other tokens; a second BOS; a token that straddles and is lost."""
+    tokenizer = load_tokenizer(TINY)                             # it puts a BOS in front
+    whole = score.encode(tokenizer, "Answer: 36")
+    for pair in (("Answer:", " 36"), ("Answer: ", "36")):
+        first, rest, straddles = encode_pair(tokenizer, *pair)
+        assert first + rest == whole and first == score.encode(tokenizer, "Answer:") and not straddles
+        assert encode_pair(tokenizer, *pair, bos=whole[0])[:2] == (first, rest)
+    first, rest, straddles = encode_pair(tokenizer, "Answ", "er: 36")
+    assert first + rest == whole and rest and straddles == (score.encode(tokenizer, "Answ") != whole[:len(first)])
+
+
+def test_metrics_by_hand():
+    """acc_norm by tokens, or with the space; the last of equals; a deviation over n."""
+    docs = [Doc((("q", " ab"), ("q", " abcdefgh")), gold) for gold in (0, 1)]
+    found = [[(-10.0, False), (-12.0, False)]] * 2
+    metrics = evaluate.score_choices(TASKS["piqa"], docs, found)
+    assert metrics == {"acc": [1.0, 0.0], "acc_norm": [0.0, 1.0]}
+    assert evaluate.score_choices(TASKS["piqa"], docs[:1], [[(-3.0, False)] * 2])["acc"] == [1.0]
+    out = evaluate.summary(TASKS["piqa"], docs, metrics, None)
+    assert out["acc"] == 0.5 and out["acc_stderr"] == pytest.approx(0.5)         # sqrt(0.5) / sqrt(2)
+    words = [Doc(), Doc(), Doc()]
+    out = evaluate.summary(TASKS["lambada"], words, {"acc": [1.0, 0.0, 0.0], "log_likelihood": [-1, -2, -3]}, None)
+    assert out["perplexity"] == pytest.approx(math.e ** 2)
+    out = evaluate.summary(TASKS["wikitext"], words[:1], {"log_likelihood": [-6.0], "tokens": [3], "words": [2],
+                                                          "bytes": [12]}, None)
+    assert [out[f"{unit}_perplexity"] for unit in ("token", "word", "byte")] == pytest.approx(
+        [math.exp(x) for x in (2, 3, 0.5)])
+
+
+def test_windows_score_each_token_once():
+    for n in (1, 4, 5, 8, 9):
+        ids = list(range(10, 10 + n))
+        found = evaluate.windows(ids, 7, 4)
+        assert [token for _, rest in found for token in rest] == ids
+        assert found[0][0] == [7] and all(context == [rest[0] - 1] for context, rest in found[1:])
+        assert all(len(rest) <= 4 for _, rest in found)
+
+
+def test_groups_are_micro_means():
+    """A subject of 100 questions that weighs as much as one of 300."""
+    three = dict.fromkeys(evaluate.NUMBERS, 0.1)
+    rows = [{"task": name, "budget": 1.0, "n": 300, "acc": 0.0, **three} for name in evaluate.GROUPS["mmlu_stem"]]
+    rows[0] |= {"n": 100, "acc": 1.0}
+    row, = evaluate.grouped(rows, ["mmlu_stem", "piqa"])
+    assert row["n"] == 5500 and row["acc"] == pytest.approx(100 / 5500) and row["skipped"] == pytest.approx(0.1)
+    assert evaluate.grouped(rows[1:], ["mmlu_stem"]) == []
+
+
+# Generated answers.
+
+def test_a_text_ends_at_its_stop_and_stops_nobody_else(tmp_path, monkeypatch):
+    """A stop string left in, one that ends the batch, an end token in the text."""
+    torch.manual_seed(0)
+    model, tokenizer = toy(tmp_path)
+    says = {0: "One.Question: two three", 1: "A longer answer than the other one", 2: "Ends here"}
+    ids = {i: score.encode(tokenizer, text, front=False) for i, text in says.items()}
+    ids[2] = ids[2] + [model.config.eos_ids[0], 5, 5]
+    given = []
+
+    def generate(model, prompts, room, policy, ends, on_token, on_pass):
+        for step in range(room):
+            for i in range(len(prompts)):
+                if step < len(ids[i]):
+                    given.append(step)
+                    on_token(i, ids[i][step])
+    monkeypatch.setattr(evaluate, "generate", generate)
+    texts = evaluate.written(model, tokenizer, [[1], [1], [1]], 100, None, ("Question:", "</s>"), None)
+    assert texts == ["One.", says[1], says[2]] and max(given) == len(ids[1]) - 1
+
+
+# The command.
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A gated toy model with thresholds, and data of three tasks."""
+    base = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    from gates import GateConfig
+    model, tokenizer = toy(base / "run", GateConfig("scalar"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+        table = frozen(model, tokens(2, 40) % 400, share=0.3).thresholds
+    model.config.gateskip = {"skip": "all", "kv": "copy_up", "threshold": "branch",
+                             "thresholds": {"1.0": [0.0] * 4, "0.7": table}}
+    save_model(model, base / "run", tokenizer)
+    lines = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    (base / "piqa_valid.jsonl").write_text(lines({"goal": f"Tom has {i} pens", "sol1": "red", "sol2": "blue pens",
+                                                  "label": i % 2} for i in range(7)))
+    (base / "lambada_test.jsonl").write_text(lines({"text": f"Ann has {i} red pens"} for i in range(5)))
+    (base / "test.jsonl").write_text(lines({"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(4)))
+    return base
+
+
+def command(base, out, *switches, **flags):
+    return words(*switches, **{"model": base / "run", "data": base, "out": out, "batch_size": 3, "max_new_tokens": 6,
+                               **flags})
+
+
+def stored(out):
+    return json.loads(out.read_text())["rows"]
+
+
+def test_the_command(base, tmp_path, capsys, monkeypatch):
+    """A row lost, measured twice, or of another task; figures that do not follow from the scores beside them."""
+    tasks = ["--tasks", "piqa", "lambada", "gsm8k"]
+    assert evaluate.main(command(base, tmp_path / "a.json", *tasks, "--budgets", "1.0", "0.7", limit=4)) == 0
+    rows, printed = stored(tmp_path / "a.json"), capsys.readouterr().out
+    assert [(r["task"], r["budget"], r["n"]) for r in rows] == [(t, b, 4) for t in tasks[1:] for b in (1.0, 0.7)]
+    assert all((r["skipped"] > 0.05) == (r["budget"] < 1) for r in rows)
+    for r in rows[:2]:
+        assert r["acc"] == sum(max(range(2), key=s.__getitem__) == i % 2 for i, s in enumerate(r["scores"])) / 4
+    assert "score at exactly" in printed and all(printed.count(f"\n{t} ") == 4 for t in tasks[1:])
+
+    monkeypatch.setattr(evaluate, "log_scores", None)            # what is there is not measured again
+    monkeypatch.setattr(evaluate, "generated_scores", None)
+    assert evaluate.main(command(base, tmp_path / "a.json", *tasks, "--budgets", "1.0", "0.7", limit=4)) == 0
+    assert stored(tmp_path / "a.json") == rows
+    assert "holds rows of other settings (limit 4, now 3)" in complaint(
+        evaluate.main, command(base, tmp_path / "a.json", *tasks, limit=3))
+
+
+def test_frozen_figures_do_not_depend_on_the_batch_size(base, tmp_path):
+    for selector in ("frozen", "batch"):
+        found = []
+        for size in (1, 3, 50):
+            out = tmp_path / f"{selector}{size}.json"
+            evaluate.main(command(base, out, "--tasks", "piqa", "gsm8k", "--budgets", "0.7", selector=selector,
+                                  batch_size=size))
+            found.append(stored(out))
+        scores = [torch.tensor(rows[0]["scores"]) for rows in found]
+        texts = [rows[1]["scores"] for rows in found]
+        if selector == "frozen":
+            assert all((s - scores[0]).abs().max() < 1e-4 for s in scores) and texts[0] == texts[1] == texts[2]
+        else:
+            assert (scores[0] - scores[2]).abs().max() > 1e-3
+
+
+def test_a_stopped_command_goes_on(base, tmp_path, monkeypatch):
+    out, real, calls = tmp_path / "a.json", evaluate.log_scores, []
+    argv = command(base, out, "--tasks", "piqa", "lambada", "--budgets", "1.0", "0.7")
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(evaluate, "log_scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(argv)
+    assert len(stored(out)) == 2
+    assert evaluate.main(argv) == 0 and len(calls) == 5 and len(stored(out)) == 4
+
+
+@pytest.mark.parametrize("switches, flags, said", [
+    (("--tasks", "piqa", "nothing"), {}, "--tasks nothing: not known"),
+    (("--tasks", "piqa"), dict(shots=1), "train.jsonl, train.jsonl would do, and the hub's baber/piqa cannot be had"),
+    (("--tasks", "piqa", "--budgets", "0.2"), {}, "budget 0.2 is below"),
+    (("--tasks", "piqa"), dict(batch_size=0), "--batch-size")])
+def test_bad_input(base, tmp_path, monkeypatch, switches, flags, said):
+    """Found out after an hour, or a traceback."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    argv = command(base, tmp_path / "a.json", *switches, **flags)
+    assert said in complaint(evaluate.main, argv) and not (tmp_path / "a.json").exists()
+
+
+def test_bos(base, tmp_path):
+    """A BOS twice in front of every text, where the tokenizer puts one there anyway."""
+    for name, switches in (("a", ()), ("b", ("--bos",))):
+        evaluate.main(command(base, tmp_path / name, "--budgets", "1.0", *switches, tasks="piqa"))
+    assert stored(tmp_path / "a")[0]["scores"] == stored(tmp_path / "b")[0]["scores"]
+
+
+def test_files_of_others(base, tmp_path):
+    """Somebody's file written over, a damaged one read as results."""
+    (tmp_path / "theirs.json").write_text('{"a": 1}')
+    assert "no file of this program" in complaint(evaluate.main, command(base, tmp_path / "theirs.json", tasks="piqa"))
+    evaluate.main(command(base, tmp_path / "a.json", "--budgets", "1.0", tasks="piqa"))
+    whole = json.loads((tmp_path / "a.json").read_text())
+    del whole["rows"][0]["skipped"]
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert "is damaged" in complaint(evaluate.main, command(base, tmp_path / "a.json", tasks="piqa"))

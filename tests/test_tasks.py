@@ -1,0 +1,209 @@
+"""tasks.py and task_rows.py: prompts to the letter, examples as the harness draws them, and every published format."""
+import bz2
+import json
+import random
+import sys
+
+import pytest
+
+from conftest import complaint
+from toy_runs import ROOT
+
+sys.path.insert(0, str(ROOT / "paper"))
+
+import task_rows
+from task_rows import options, rows
+from tasks import GROUPS, STEM, TASKS, clean, expand, extract, normalise, with_examples
+
+STRICT, LOOSE = TASKS["gsm8k"].strict, TASKS["gsm8k"].loose
+
+
+# Golden facts.
+
+@pytest.mark.parametrize("name, n, draws", [
+    ("commonsense_qa", 9741, ([7220, 1914, 122, 1485, 9539], [1375, 1612, 5810, 3879, 285])),
+    ("hellaswag", 39905, ([28883, 7657, 490, 5940, 38156],)), ("winogrande", 40398, ([28883, 7657, 490, 5940, 38156],)),
+    ("piqa", 16113, ([15834, 12749, 7220, 1914, 122],)), ("openbookqa", 4957, ([3610, 957, 61, 742, 4769],))])
+def test_examples_are_those_of_the_harness(name, n, draws):
+    """Another seed, one draw for all questions, a sixth example where the harness draws five, or the other way."""
+    draw = random.Random(1234)
+    for wanted in draws:
+        drawn = draw.sample(range(n), 5 + TASKS[name].draws)[:5]
+        assert drawn == wanted
+
+
+def row_of(name, i):
+    return {"hellaswag": {"activity_label": f"L{i}", "ctx_a": "A man.", "ctx_b": "HE", "endings": list("abcd"),
+                          "label": "1"},
+            "piqa": {"goal": f"goal {i}", "sol1": "x", "sol2": "y", "label": 1},
+            "commonsense_qa": {"question": f"q{i} ", "choices": {"label": list("ABCDE"), "text": list("vwxyz")},
+                               "answerKey": "C"},
+            "openbookqa": {"question_stem": f"stem {i}", "choices": {"label": list("ABCD"), "text": list("stuv")},
+                           "answerKey": "D"},
+            "winogrande": {"sentence": f"The {i} fits _ here .", "option1": "cup", "option2": "box", "answer": "2"},
+            "mmlu_anatomy": {"subject": "college_biology", "question": f" q{i}", "choices": list("wxyz"), "answer": 2},
+            "lambada": {"text": f"a b{i} c"}}[name]
+
+
+EXPECTED = {
+    "hellaswag": ("L0: A man. He", (" a", " b", " c", " d"), 1, "L7: A man. He b\n\n"),
+    "piqa": ("Question: goal 0\nAnswer:", (" x", " y"), 1, "Question: goal 7\nAnswer: y\n\n"),
+    "commonsense_qa": ("Question: q0\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer:", (" A", " B", " C", " D", " E"), 2,
+                       "Question: q7\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer: C\n\n"),
+    "openbookqa": ("stem 0", (" s", " t", " u", " v"), 3, "stem 7 v\n\n"),
+    "mmlu_anatomy": ("q0\nA. w\nB. x\nC. y\nD. z\nAnswer:", (" A", " B", " C", " D"), 2,
+                     "q7\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_prompts(name):
+    """A blank too many or too few, letters for texts, the answer of an example left out."""
+    question, rests, gold, shot = EXPECTED[name]
+    front = ("The following are multiple choice questions (with answers) about college biology.\n\n"
+             if name == "mmlu_anatomy" else "")
+    for shots in (0, 1):
+        doc, = with_examples(TASKS[name], [row_of(name, 0)], [row_of(name, 7)] * 2, shots)
+        assert doc.pairs == tuple((front + shot * shots + question, rest) for rest in rests) and doc.gold == gold
+
+
+def test_an_example_equal_to_the_question_is_dropped():
+    """A question that finds its own answer among its examples."""
+    same, other = row_of("piqa", 0), row_of("piqa", 1)
+    for seed in range(6):
+        doc, = with_examples(TASKS["piqa"], [same], [same, other], 1, seed)
+        assert doc.pairs[0][0].startswith("Question: goal 1\nAnswer: y\n\nQuestion: goal 0")
+
+
+def test_winogrande_is_scored_the_other_way_round():
+    """Different continuations, or a "_" that is left in an example."""
+    doc, = with_examples(TASKS["winogrande"], [row_of("winogrande", 0)], [row_of("winogrande", i) for i in range(9)], 5)
+    (one, rest), (two, same) = doc.pairs
+    assert rest == same == " here ." and one.endswith("The 0 fits cup") and two.endswith("The 0 fits box")
+    assert "_" not in one and one.count("\n\n") == 5 and " fits box here .\n\n" in one and doc.gold == 1
+
+
+def test_lambada_and_hellaswag_texts():
+    assert with_examples(TASKS["lambada"], [{"text": "a b c"}])[0].pairs == (("a b", " c"),)
+    assert clean("Home and Garden: [header] How to clean [title] Use soap. [step] Rub  it. Then he") == (
+        "Home and Garden: How to clean. Use soap. Rub it. Then he")
+
+
+@pytest.mark.parametrize("text, strict, loose", [
+    (".. $18.\n#### 18", "18", "18"), ("#### 1,234.", "1234", "1234"), ("The answer is 42.", "[invalid]", "42"),
+    ("#### $18", "[invalid]", "18"), ("#### 18.00", "18.00", "18.00"), ("#### -7 and #### 9", "-7", "9"),
+    ("nothing", "[invalid]", "[invalid]")])
+def test_answers_of_gsm8k(text, strict, loose):
+    assert (extract(text, STRICT), extract(text, LOOSE, last=True)) == (strict, loose)
+
+
+def test_golds():
+    """A gold answer that no answer can equal."""
+    assert normalise("He has 3.\n#### 1,234") == "1234" and normalise("$5.") == "5"
+    assert with_examples(TASKS["gsm8k"], [{"question": "q", "answer": "x\n#### 1,000"}])[0].gold == "1000"
+    letter = with_examples(TASKS["csqa_gen"], [row_of("commonsense_qa", 0)])[0]
+    assert letter.prompt == "Question: q0 \nA: v\nB: w\nC: x\nD: y\nE: z\nAnswer:" and letter.gold == extract(
+        "so\n#### C", TASKS["csqa_gen"].strict)
+    assert with_examples(TASKS["mmlu_gen"], [row_of("mmlu_anatomy", 0)])[0].gold == "c"
+    assert with_examples(TASKS["piqa_gen"], [row_of("piqa", 0)])[0].gold == "b"
+    pair = {"translation": {"en": "A cat.", "ro": "O pisică."}}
+    doc = with_examples(TASKS["wmt16_en_ro"], [pair])[0]
+    assert (doc.prompt, doc.gold) == ("translate English to Romanian: A cat.\n", "O pisică.")
+
+
+def test_groups():
+    """A subject lost, or counted twice."""
+    assert len(STEM) == len(set(expand(["mmlu_stem"]))) == 19 and len(expand(["mmlu"])) == 57
+    assert expand(["piqa", "loglikelihood"])[0] == "piqa" and len(expand(["piqa", "loglikelihood"])) == 24
+    assert set(GROUPS["mmlu_stem"]) < set(GROUPS["mmlu"]) and all(name in TASKS for name in expand(list(GROUPS)))
+
+
+# Files.
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+FILES = [                                                        # data set, split, name of the file, what is in it
+    ("piqa", "validation", "piqa_valid.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y"}\n'),
+    ("openbookqa", "test", "openbookqa/test.tsv", "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n"
+     "1\ta \"stem\tlong\t(A) x (B) y z (C) u (D) v\tall\tB\n".replace("\tlong", "")),
+    ("commonsense_qa", "validation", "dev_rand_split.jsonl", json.dumps({
+        "answerKey": "B", "question": {"stem": "s", "choices": [{"label": c, "text": c.lower()} for c in "ABCDE"]}})),
+    ("hellaswag", "validation", "hellaswag_val_full.txt.bz2", bz2.compress(b"Do: it\n2\na\nb\nc\nd\nTry: on\n0\n"
+                                                                           b"e\nf\ng\nh\n")),
+    ("mmlu/anatomy", "test", "test/anatomy_test.csv", 'question,choice0,choice1,choice2,choice3,answer\n"q, ""r""",1,2,'
+     '3,4,3\n'),
+    ("mmlu/anatomy", "dev", "mmlu/anatomy_dev.csv", '"q\nr",1,2,3,4,D\n'),
+    ("lambada", "test", "lambada_test.jsonl", '{"text": "a\\u2028b c"}\n'),
+    ("wikitext", "test", "wiki.test.tokens", " \n = One = \n \n a b \n = = Part = = \n c \n = Two = \n \n d \n"),
+    ("winogrande", "validation", "dev.jsonl", '{"sentence": "s _ t", "option1": "a", "option2": "b", "answer": "1"}'),
+]
+
+
+def test_every_format(tmp_path):
+    """A header read as a question, a quotation mark that swallows lines, a label lost, an article cut in two."""
+    for _, _, name, content in FILES:
+        write(tmp_path / name, content)
+    write(tmp_path / "piqa_valid-labels.lst", "1\n")
+    found = {f"{name} {split}": rows(name, split, tmp_path)[0] for name, split, _, _ in FILES}
+    assert found["piqa validation"] == [{"goal": "g", "sol1": "x", "sol2": "y", "label": 1}]
+    assert found["openbookqa test"] == [{"question_stem": 'a "stem', "answerKey": "B", "choices": {
+        "label": list("ABCD"), "text": ["x", "y z", "u", "v"]}}]
+    assert found["commonsense_qa validation"][0]["choices"] == {"label": list("ABCDE"), "text": list("abcde")}
+    assert [r["ctx"] for r in found["hellaswag validation"]] == ["Do: it", "Try: on"]
+    assert TASKS["hellaswag"].doc(found["hellaswag validation"][0]).pairs[2] == ("Do: it", " c")
+    assert found["mmlu/anatomy test"] == [{"subject": "anatomy", "question": 'q, "r"', "choices": list("1234"),
+                                           "answer": 3}]
+    assert found["mmlu/anatomy dev"][0]["question"] == "q\nr" and found["mmlu/anatomy dev"][0]["answer"] == 3
+    assert found["lambada test"][0]["text"] == "a\u2028b c"
+    assert [r["text"][:7] for r in found["wikitext test"]] == ["= One =", "= Two ="]
+    assert options("(A) one (two) (B) (B2) three") == (["A", "B"], ["one (two)", "(B2) three"])
+
+
+def test_parquet(tmp_path):
+    """Nested columns that come out as something else than the hub's."""
+    import pyarrow
+    from pyarrow import parquet
+    row = row_of("commonsense_qa", 0)
+    path = tmp_path / "data" / "validation-00000-of-00001.parquet"
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert rows("commonsense_qa", "validation", tmp_path) == ([row], str(path))
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("piqa_valid.jsonl", "{broken", "not readable in its format"), ("piqa_valid.jsonl", "", "no rows in it"),
+    ("piqa_valid.jsonl", '{"goal": "g"}', "row 1: no column sol1, sol2, label; it has goal"),
+    ("piqa_valid.jsonl", b"\xff\xfe", "not readable in its format")])
+def test_bad_files(tmp_path, name, content, said):
+    write(tmp_path / name, content)
+    assert said in complaint(rows, "piqa", "validation", tmp_path)
+
+
+@pytest.mark.parametrize("name, changed", [("piqa", {"label": "x"}), ("commonsense_qa", {"answerKey": "F"}),
+                                           ("winogrande", {"sentence": "no gap"}), ("hellaswag", {"endings": None})])
+def test_rows_that_are_not_as_published(name, changed):
+    """A traceback, or an answer that is wrong whatever the model says."""
+    row = row_of(name, 0) | changed
+    assert "row 2, or an example for it, is not as published" in complaint(
+        with_examples, TASKS[name], [row_of(name, 1), row])
+
+
+def test_what_is_not_there(tmp_path, monkeypatch):
+    """A traceback of the hub's, or a split that does not exist asked from it."""
+    import huggingface_hub
+    asked = []
+
+    def no_network(repo, file, **how):
+        asked.append((repo, file, how))
+        raise OSError("no network")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    assert "baber/piqa cannot be had (no network)" in complaint(rows, "piqa", "validation", tmp_path)
+    assert asked == [("baber/piqa", "piqa_validation.parquet", {"repo_type": "dataset", "revision": "main"})]
+    assert "has no split called dev" in complaint(rows, "piqa", "dev", tmp_path)
+    write(tmp_path / "piqa_valid.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y"}\n' * 2)
+    write(tmp_path / "piqa_valid-labels.lst", "1\n")
+    assert "2 rows and 1 labels" in complaint(rows, "piqa", "validation", tmp_path)
+    assert "its format is not known" in complaint(task_rows.read, tmp_path / "a.zip")
