@@ -1,11 +1,13 @@
 # An existing .venv is used as it is if it has what is needed.
 PYTHON ?= python3
 PY := .venv/bin/python
+NEEDED := torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, xdist, matplotlib, pyarrow, \
+	sacrebleu
 
 .PHONY: setup demo test test-interop
 setup:
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -c "import torch, safetensors, huggingface_hub, tokenizers, numpy, filelock, tqdm, pytest, xdist, matplotlib, pyarrow" 2>/dev/null \
+	@$(PY) -c "import $(NEEDED)" 2>/dev/null \
 		|| $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 
 demo: setup

@@ -140,15 +140,21 @@ def as_on_the_hub(row, labels, number):
     return row
 
 
+def find_local(name, split, folder):
+    """The file of a split in a folder, or None."""
+    source = source_of(name)
+    parts = [Path(folder), Path(folder) / name.split("/")[0]] if folder else []
+    tried = [part / file for part in parts
+             for file in (*source.files.get(split, ()), source.hub.get(split, ""), f"{split}.parquet") if file]
+    return next((path for path in tried if path.is_file()), None)
+
+
 def find(name, split, folder):
     """(path of the split, where it came from). The hub's are kept in its own cache. InputError where there is none."""
-    source = source_of(name)
+    source, path = source_of(name), find_local(name, split, folder)
     names = source.files.get(split, ())
-    parts = [Path(folder), Path(folder) / name.split("/")[0]] if folder else []
-    tried = [part / file for part in parts for file in (*names, source.hub.get(split, ""), f"{split}.parquet") if file]
-    for path in tried:
-        if path.is_file():
-            return path, str(path)
+    if path:
+        return path, str(path)
     if split not in source.hub:
         raise InputError(f"{name} has no split called {split}" + (f" in --data {folder}" if folder else ""))
     from huggingface_hub import hf_hub_download
