@@ -174,7 +174,8 @@ def _resume(out, settings):
         with zipfile.ZipFile(path) as parts:                     # torch compares no sums, and leaves "folders" unread
             whole = parts.testzip() is None and not any(part.external_attr for part in parts.infolist())
         state = torch.load(path, weights_only=True, map_location="cpu") if whole else {}
-        was = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0, teacher=None, distill_weight=None)
+        was = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0, teacher=None, distill_weight=None,
+                   sparsity_weight_end=None)
         was |= state["settings"]                                 # older versions had fewer flags
         step, sums = int(state["step"]), dict(state.get("sums", {}))
     except Exception as error:  # zipfile's, pickle's and torch's are of many kinds

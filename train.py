@@ -126,6 +126,7 @@ def train(args, gate, device, dtype, out, ranks=None):
         policy = SkipPolicy("batch" if gate else "none", b, args.skip, args.kv)                  # line 8 is its keep()
         if quantile:
             policy = quantile.policy(b, args.skip, args.kv)      # ours: one threshold for all
+        weight = sparsity_weight_at(step, args.steps, args.sparsity_weight, args.sparsity_weight_end)    # lambda
         for group in optimizer.param_groups:
             group["lr"] = group.get("scale", 1.0) * learning_rate(step, args.steps, args.lr, args.warmup)
 
@@ -148,7 +149,7 @@ def train(args, gate, device, dtype, out, ranks=None):
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
                 sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b, costs)
-            loss = (1 - alpha) * ce + alpha * kl + args.sparsity_weight * sparsity               # line 19: L, eq. 5
+            loss = (1 - alpha) * ce + alpha * kl + weight * sparsity                             # line 19: L, eq. 5
             (loss * ranks.world if ranks else loss).backward()   # FSDP takes the ranks' mean, and L is their sum
             with torch.no_grad():
                 now = {"ce": ce, "kl": kl, "sparsity": sparsity, "kept": torch.stack(trace.keep).sum(),
@@ -169,7 +170,7 @@ def train(args, gate, device, dtype, out, ranks=None):
         # the loop's only wait for the device; compact waits once a branch too
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
-        loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + args.sparsity_weight * sums["sparsity"]
+        loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + weight * sums["sparsity"]
         row = {"step": step, "loss": loss, "ce": sums["ce"], **({"kl": sums["kl"]} if teacher else {}),
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
                "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
@@ -214,6 +215,12 @@ def learning_rate(step, total, peak, warmup):
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def sparsity_weight_at(step, total, start, end):
+    """lambda: `start`, or (ours) from the middle of the run on linearly to `end` at the last step; step from 0."""
+    fallen = max(0.0, 2 * step / max(total - 1, 1) - 1)
+    return start if end is None else start + (end - start) * fallen
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the loop: model and data
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +249,8 @@ def open_model(args, gate, device, dtype):
     if gate is not None:                                         # an old calibration would not fit the weights to come
         config.gateskip = dict(skip=args.skip, kv=args.kv, budget_start=args.budget_start, budget_end=args.budget_end,
                                schedule=args.schedule, threshold=args.threshold, gate_lr_scale=args.gate_lr_scale,
-                               sparsity_weight=args.sparsity_weight, sparsity_loss=args.sparsity_loss,
-                               sparsity_cost=args.sparsity_cost)
+                               sparsity_weight=args.sparsity_weight, sparsity_weight_end=args.sparsity_weight_end,
+                               sparsity_loss=args.sparsity_loss, sparsity_cost=args.sparsity_cost)
     return model, tokenizer
 
 
@@ -301,6 +308,7 @@ def parse_args(argv):
     add("--distill-weight", type=real(0.0, 1.0), metavar="ALPHA",
         help="(1 - ALPHA) CE + ALPHA KL(teacher || model); default with --teacher: 0.5")
     add("--sparsity-weight", type=real(0.0), help="lambda")
+    add("--sparsity-weight-end", type=real(0.0), help="what lambda falls to over the second half; default: it stays")
     add("--sparsity-loss", choices=SPARSITY_LOSSES, help="mean of g^2, mean of g, eq. 4, or towards the budget")
     add("--gate", choices=(*FORMS, "none"), default="vector", help="none: plain fine-tuning of the dense model")
     add("--gate-arch", choices=ARCHS, default="linear", help="lowrank: U V with a narrow middle; mlp: two layers")
@@ -332,6 +340,9 @@ def parse_args(argv):
     if args.budget_end > args.budget_start:
         raise InputError(f"--budget-end {args.budget_end} is above --budget-start {args.budget_start}: the budget "
                          "shrinks")
+    if args.sparsity_weight_end is not None and args.sparsity_weight_end > args.sparsity_weight:
+        raise InputError(f"--sparsity-weight-end {args.sparsity_weight_end} is above --sparsity-weight "
+                         f"{args.sparsity_weight}: lambda falls")
     if chosen.init_config and chosen.model:
         raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
     if args.data is None:

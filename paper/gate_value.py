@@ -123,6 +123,8 @@ def main(argv=None):
         if model.config.gate is None:
             raise InputError(f"--model {name} has no gates: give a model that was trained with them")
         known = settings_of(model)
+        if known.get("sparsity_weight_end") is not None:         # what lambda has fallen to
+            known["sparsity_weight"] = known["sparsity_weight_end"]
         weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in asked))
         fits = {"weight": type(weight) in (int, float) and 0 < weight < float("inf"), "loss": loss in ("l2", "l1"),
                 "cost": cost in (None, "equal", "macs")}         # older versions knew equal costs only

@@ -57,7 +57,8 @@ OURS_BUT = {
     "gates at 10 times the rate": "--gate-lr-scale 10", "budget to 0.5": "--budget-end 0.5",
     "teacher": "--teacher {} --distill-weight 0.5", "from the tuned model": "--model {}",
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
-    "no gradient through gate inputs": "--gate-detach",
+    "no gradient through gate inputs": "--gate-detach", "falling lambda": "--sparsity-weight-end 0.1",
+    "falling lambda, K and V dense": "--sparsity-weight-end 0.1 --kv dense",
 }
 LINEAR_BUT = ("per branch", "equal costs", "lambda 0.3", "gates at 10 times the rate", "teacher",
               "from the tuned model, its pupil")
@@ -95,7 +96,6 @@ def models():
             "ours, K and V dense": "frozen", "ours, K and V dense in training": "frozen copy_up"}),
         "ours, gates first": Model([f"{OURS} --freeze-backbone --lr 1e-2 --steps 200", OURS],
                                    {"ours, gates first": "frozen"}),
-        "ours, falling lambda": Model([OURS], {"ours, falling lambda": "frozen"}, tried="falling weight"),
         "ours, threshold of the last step": Model([OURS], {"ours, threshold of the last step": "frozen"},
                                                   tried="last step"),
         "linear, threshold of the last step": Model([LINEAR], {"linear, threshold of the last step": "frozen"},

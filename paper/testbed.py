@@ -70,13 +70,6 @@ def random_skipping():
         "random", budget, skip, kv, generator=generator))
 
 
-def falling_weight():
-    """The sparsity weight is what the flag says for half of the steps, then falls to a tenth of it at the end."""
-    step, loss = iter(range(STEPS)), train.sparsity_loss
-    return mock.patch.object(train, "sparsity_loss", lambda *args: loss(*args) * (
-        1.0 - 0.9 * max(0.0, 2 * next(step) / (STEPS - 1) - 1)))
-
-
 def ramp():
     """The lowest budget that may be drawn falls from 1 to its end over the first half of the steps."""
     at = train.budget_at
@@ -109,8 +102,7 @@ def patient():
     return mock.patch.object(train, "RunningQuantile", Patient)
 
 
-TRIED = {"last step": last_step, "patient": patient, "random skipping": random_skipping,
-         "falling weight": falling_weight, "ramp": ramp}
+TRIED = {"last step": last_step, "patient": patient, "random skipping": random_skipping, "ramp": ramp}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

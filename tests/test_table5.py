@@ -32,14 +32,6 @@ def test_random_skipping_is_what_training_gets():
     assert train.SkipPolicy is SkipPolicy
 
 
-def test_the_weight_stands_and_then_falls(monkeypatch):
-    """A weight that falls from the start, or to nothing."""
-    monkeypatch.setattr(testbed, "STEPS", 5)
-    monkeypatch.setattr(train, "sparsity_loss", lambda *args: 2.0)
-    with testbed.falling_weight():
-        assert [train.sparsity_loss() for _ in range(5)] == pytest.approx([2.0, 2.0, 2.0, 1.1, 0.2])
-
-
 def test_the_ramp_ends_at_half_of_the_steps():
     """The deepest budget from the first step on, or a ramp that never gets there."""
     with testbed.ramp():

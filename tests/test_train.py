@@ -111,6 +111,30 @@ def test_learning_rate_by_hand():
     assert train.learning_rate(0, 1, 3.0, 0) == 3.0
 
 
+def test_sparsity_weight_by_hand():
+    """A fall that starts early, or ends before or after the last step; one that nobody asked for."""
+    assert [train.sparsity_weight_at(step, 9, 2.0, 0.4) for step in range(9)] == pytest.approx(
+        [2.0] * 5 + [1.6, 1.2, 0.8, 0.4])
+    assert [train.sparsity_weight_at(step, 4, 2.0, 0.0) for step in range(4)] == pytest.approx([2, 2, 4 / 3, 0])
+    assert [train.sparsity_weight_at(step, 9, 2.0, None) for step in range(9)] == [2.0] * 9
+    assert train.sparsity_weight_at(0, 1, 2.0, 0.4) == 2.0
+
+
+def test_a_sparsity_weight_that_falls(folder, tmp_path):
+    """--sparsity-weight-end that the loss, or what is printed and written of it, does not follow; a wrong record."""
+    assert run(folder, tmp_path / "run", sparsity_weight=3, sparsity_weight_end=1, steps=5, budget_end=0.8) == 0
+    for row, weight in zip(metrics(tmp_path / "run"), (3, 3, 3, 2, 1), strict=True):
+        assert row["loss"] == pytest.approx(row["ce"] + weight * row["sparsity"])
+    stored = load_model(tmp_path / "run").config.gateskip
+    assert (stored["sparsity_weight"], stored["sparsity_weight_end"]) == (3, 1)
+    moved = {}
+    for end in (0.0, 3.0):                                       # two runs that part at the last step but one
+        run(folder, tmp_path / f"{end}", sparsity_weight=3, sparsity_weight_end=end, steps=4, budget_end=0.8, lr=1e-2)
+        moved[end] = load_file(last(tmp_path / f"{end}") / "model.safetensors")
+    gates = [key for key in moved[0.0] if "_gate." in key]
+    assert gates and any((moved[0.0][key] != moved[3.0][key]).any() for key in gates)
+
+
 def test_metrics_follow_algorithm_1(unbroken):
     """A budget that is off by one step, a learning rate that lags, a loss that does not add up, a skip not counted."""
     rows = metrics(unbroken["linear"])
@@ -358,6 +382,7 @@ def test_a_warm_up_longer_than_the_run_is_said(capsys):
     (dict(steps=0), "--steps: '0' must be a whole number of at least 1; --help lists the flags"),
     (dict(grad_accum=0), "--grad-accum: '0'"), (dict(lr="nan"), "--lr: 'nan'"), (dict(lr=0), "--lr: '0'"),
     (dict(warmup="1" + "0" * 400), "--warmup: '1000"),
+    (dict(sparsity_weight=0.1, sparsity_weight_end=1), "--sparsity-weight-end 1.0 is above --sparsity-weight 0.1"),
     (dict(sparsity_weight="inf"), "--sparsity-weight: 'inf'"), (dict(warmup=-1), "--warmup: '-1'"),
     (dict(calibrate=0.5), "--calibrate 0.5 is below --budget-end 0.8"), (dict(calibrate=0), "--calibrate: budget 0.0"),
     (dict(seq_len=999), "--seq-len 999 exceeds the model's 512"),
