@@ -347,7 +347,7 @@ def parse_args(argv):
         raise InputError("--init-config starts from scratch and --model from a checkpoint: give one of them")
     if args.data is None:
         raise InputError("--data is missing: a .jsonl, .parquet or .txt file, or the word arithmetic")
-    plain = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0)
+    plain = dict(threshold="branch", sparsity_cost="equal", gate_lr_scale=1.0, sparsity_weight_end=None)
     for flag, value in plain.items() if args.gate == "none" else ():
         if getattr(chosen, flag) != value:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} with --gate none: there are no gates")

@@ -17,6 +17,7 @@ from flags import Parser, add_machine_flags, whole
 
 import torch
 from tqdm import tqdm
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from answers import is_right
@@ -32,7 +33,7 @@ def opened(folder, device, dtype):
     """The model of a folder in transformers. InputError where that cannot be."""
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: transformers does not open it ({' '.join(str(error).split())[:160]})") from None
     return model.to(device).eval()
 
@@ -71,8 +72,15 @@ def main(argv=None):
         raise InputError(f"--data {args.data} is plain text: give a file of questions")
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
-    policies = {b: make_policy(model.config, "frozen", b) for b in args.budgets}
+    if "thresholds" not in model.config.gateskip:
+        raise InputError(f"--model {args.model} has no gates with frozen thresholds: give a run that train.py finished")
+    try:
+        policies = {b: make_policy(model.config, "frozen", b) for b in dict.fromkeys(args.budgets)}
+    except InputError as error:
+        raise InputError(str(error).split(", or use --policy")[0].replace("budget ", "--budgets ", 1)) from None
     exported, dense = opened(args.exported, device, dtype), opened(args.dense, device, dtype)
+    if getattr(dense.config, "gateskip", {}).get("gate"):
+        raise InputError(f"--dense {args.dense} has gates: give the model without them")
     if getattr(exported.config, "gateskip", {}).get("thresholds") != model.config.gateskip["thresholds"]:
         raise InputError(f"--exported {args.exported} is not of --model {args.model}: export.py --model {args.model}")
 
@@ -101,7 +109,7 @@ def main(argv=None):
           "\n"
           "                       right     same tokens   ms a token   as fast as dense there   as the export\n"
           f"dense, there        {right['dense', None]:8}               {ms['dense', None]:11.2f}")
-    for b in args.budgets:
+    for b in policies:
         same = sum(x == y for x, y in zip(answers["ours", b], answers["theirs", b]))
         for who, label in (("ours", "here"), ("theirs", "exported, there")):
             way = who, b

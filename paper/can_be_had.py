@@ -1,6 +1,7 @@
 """Which models and data sets can be had: asked before a long command needs them, and nothing is downloaded.
 
     python paper/can_be_had.py --model meta-llama/Llama-3.2-1B --data data/paper --tasks generative loglikelihood
+    python paper/can_be_had.py --model meta-llama/Llama-3.2-1B --training-data
 """
 import sys
 from pathlib import Path
@@ -31,7 +32,11 @@ def main(argv=None):
     add("--model", required=True, help="folder, or hub id")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="of evaluate.py")
     add("--data", metavar="DIR", help="folder with files of data sets")
+    add("--training-data", action="store_true", help="also what training_data.py makes, where --data lacks it")
     args = p.parse_args(argv)
+    if Path(args.model).exists() and not (Path(args.model) / "config.json").is_file() and not (
+            Path(args.model) / "latest").is_file():
+        raise InputError(f"--model {args.model!r} is no folder of a model, nor a run's --out")
     if unknown := [name for name in expand(args.tasks) if name not in TASKS]:
         raise InputError(f"--tasks {' '.join(unknown)}: not known; evaluate.py --help lists them")
     wanted = {}                                                  # (kind, repository) -> what needs it, if no file does
@@ -42,7 +47,7 @@ def main(argv=None):
         for split in filter(None, (task.split, task.shots)):
             if not find_local(task.rows, split, args.data):
                 wanted.setdefault(("dataset", source_of(task.rows).repo), []).append(f"{task.rows} {split}")
-    for file, repos in (("traces", TRACES.values()), ("fineweb", [FINEWEB]), ("wmt16", [WMT16])):
+    for file, repos in (("traces", TRACES.values()), ("fineweb", [FINEWEB]), ("wmt16", [WMT16])) * args.training_data:
         if not (args.data and (Path(args.data) / f"{file}.jsonl").exists()):
             for repo in repos:
                 wanted.setdefault(("dataset", "/".join(repo.split("/")[:2])), []).append(f"{file}.jsonl")

@@ -8,6 +8,7 @@ they come, with the score of every question, and the same command goes on where 
 (the thresholds of the run) no answer depends on --batch-size or on the order; under batch, the paper's quantile, all
 do, so compare rows of one batch size only.
 """
+import hashlib
 import json
 import math
 import re
@@ -59,20 +60,41 @@ def score_choices(task, docs, answers):
 
 def windows(ids, before, most):
     """Cut a text's ids into (context, continuation) so that each is scored once, behind up to `most` ids in all."""
-    first = [([before], ids[:most])]
-    return first + [(ids[start - 1:start], ids[start:start + most]) for start in range(most, len(ids), most)]
+    found = [([before], ids[:most])]
+    for start in range(most, len(ids), most):                    # the last is short, and sees all that fits before it
+        end = min(start + most, len(ids))
+        found.append((ids[end - most - 1:start], ids[start:end]))
+    return found
 
 
-def log_scores(model, tokenizer, task, docs, policy, args, savings):
+def asked_of(model, tokenizer, task, docs, args):
+    """What the model reads: per question its (context, continuation) ids, or the ids of its prompt.
+
+    InputError, with the number of the question, for what the model has no positions for."""
+    most, bos = model.config.max_position_embeddings, args.bos_id if args.bos else None
+    before, found = args.bos_id if args.bos_id is not None else next(iter(model.config.eos_ids), None), []
+    for number, doc in enumerate(docs, 1):
+        if task.kind == "answer":
+            ids = encode(tokenizer, doc.prompt)
+            found.append(ids if bos is None or ids[:1] == [bos] else [bos] + ids)
+            if len(found[-1]) + args.max_new_tokens > most:
+                raise InputError(f"{task.rows}, question {number}: {len(found[-1])} tokens and --max-new-tokens "
+                                 f"{args.max_new_tokens} exceed the model's {most} positions: lower it, or --limit")
+        elif task.kind == "text":
+            found.append(windows(encode(tokenizer, doc.size, front=False), before, most))
+        else:
+            pairs = [encode_pair(tokenizer, *pair, bos=bos)[:2] for pair in doc.pairs]
+            if max(len(rest) for _, rest in pairs) > most:
+                raise InputError(f"{task.rows}, question {number}: a choice has more tokens than the model's {most} "
+                                 "positions: lower --limit to leave it out")
+            found.append([(context or [before], rest) for context, rest in pairs])
+        if before is None:
+            raise InputError("the model names neither a bos_token_id nor an end token for a text to start from")
+    return found
+
+
+def log_scores(model, task, docs, questions, policy, args, savings):
     """(metrics, what each question scored: lists of log-likelihoods) of a task without generation."""
-    before = args.bos_id if args.bos_id is not None else next(iter(model.config.eos_ids), None)
-    if task.kind == "text":
-        questions = [windows(encode(tokenizer, doc.size, front=False), before, model.config.max_position_embeddings)
-                     for doc in docs]
-    else:
-        bos = args.bos_id if args.bos else None
-        questions = [[(context or [before], rest) for context, rest, _ in
-                      (encode_pair(tokenizer, *pair, bos=bos) for pair in doc.pairs)] for doc in docs]
     found = log_likelihoods(model, policy, questions, args.batch_size, savings)
     sums = [[score for score, _ in mine] for mine in found]
     if task.kind == "choice":
@@ -108,11 +130,8 @@ def written(model, tokenizer, prompts, room, policy, stops, savings):
     return [re.split("|".join(map(re.escape, stops)), text)[0] for text in texts]
 
 
-def generated_scores(model, tokenizer, task, docs, policy, args, savings):
+def generated_scores(model, tokenizer, task, docs, prompts, policy, args, savings):
     """(metrics, texts) of a generative task, longest prompts first, in batches of --batch-size."""
-    prompts = [encode(tokenizer, doc.prompt) for doc in docs]
-    if args.bos:
-        prompts = [ids if ids[:1] == [args.bos_id] else [args.bos_id] + ids for ids in prompts]
     order, texts = sorted(range(len(docs)), key=lambda i: (-len(prompts[i]), i)), [None] * len(docs)
     for start in tqdm(range(0, len(order), args.batch_size), desc="answers", leave=False):
         batch = order[start:start + args.batch_size]
@@ -128,6 +147,10 @@ def generated_scores(model, tokenizer, task, docs, policy, args, savings):
             "invalid": [float(answer == "[invalid]") for answer in strict]}, texts
 
 
+def exp(x):
+    return math.exp(x) if x < 700 else math.inf
+
+
 def summary(task, docs, metrics, texts):
     """{metric: value, "..._stderr": its standard error (sample deviation over root n)} from values per question."""
     out, n = {}, len(docs)
@@ -138,9 +161,9 @@ def summary(task, docs, metrics, texts):
             out[f"{name}_stderr"] = (sum((x - mean) ** 2 for x in metrics[name]) / max(n - 1, 1) / n) ** 0.5
     total = sum(metrics.get("log_likelihood", ()))
     if task.kind == "word":
-        out["perplexity"] = math.exp(-total / n)                 # of a word, not of a token
+        out["perplexity"] = exp(-total / n)                 # of a word, not of a token
     if task.kind == "text":
-        out |= {f"{unit}_perplexity": math.exp(-total / sum(metrics[f"{unit}s"])) for unit in ("token", "word", "byte")}
+        out |= {f"{unit}_perplexity": exp(-total / sum(metrics[f"{unit}s"])) for unit in ("token", "word", "byte")}
     if task.bleu:
         out["bleu"] = bleu(texts, [doc.gold for doc in docs])
     return out
@@ -176,10 +199,10 @@ def line_of(r):
             f"{r['macs_saved']:+10.1%}")
 
 
-def grouped(rows, names):
-    """Rows of the MMLU groups among the names asked for: micro means over all questions of their subjects."""
+def grouped(rows):
+    """Rows of MMLU and its STEM subjects, where all are there: micro means over all their questions."""
     found = []
-    for group in (name for name in names if name in GROUPS and name.startswith("mmlu")):
+    for group in ("mmlu", "mmlu_stem"):
         for budget in dict.fromkeys(r["budget"] for r in rows):
             mine = [r for r in rows if r["budget"] == budget and r["task"] in GROUPS[group]]
             if len(mine) == len(GROUPS[group]):
@@ -205,19 +228,26 @@ def lines_at(rows):
     return lines
 
 
+def digest_of(docs):
+    return hashlib.sha256(repr(docs).encode()).hexdigest()[:16]
+
+
 def rows_in(file, made_with):
     """The rows of a stopped command; [] for a new file. InputError for those of other settings, or a damaged file."""
     stored = read_json(file) if file.exists() else {"made_with": made_with, "rows": []}
-    if changed := [f"{key} {stored['made_with'].get(key)}, now {now}" for key, now in made_with.items()
-                   if stored["made_with"].get(key) != now]:
-        raise InputError(f"--out {file} holds rows of other settings ({'; '.join(changed)}): give another --out")
-    good = lambda r: r["task"] in TASKS and all(math.isfinite(r[key]) for key in ("budget", "n", *NUMBERS))
     try:
-        if all(map(good, stored["rows"])):
-            return stored["rows"]
-    except (KeyError, TypeError):
-        pass
-    raise InputError(f"--out {file} is damaged: give another --out")
+        rows, changed = list(stored["rows"]), [f"{key} {stored['made_with'].get(key)}, now {now}"
+                                               for key, now in made_with.items() if stored["made_with"].get(key) != now]
+        for r in rows:
+            line_of(r)
+            if not (r["task"] in TASKS and isinstance(r["data_digest"], str) and r["n"] >= 1 and 0 < r["budget"] <= 1
+                    and all(math.isfinite(r[key]) for key in NUMBERS) and 0 <= r.get("acc", 0) <= 1):
+                raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, StopIteration):
+        raise InputError(f"--out {file} is damaged: give another --out") from None
+    if changed:
+        raise InputError(f"--out {file} holds rows of other settings ({'; '.join(changed)}): give another --out")
+    return rows
 
 
 def parse_args(argv):
@@ -259,10 +289,14 @@ def fill(args, names):
     args.bos_id = model.raw_config.get("bos_token_id")
     if args.bos and args.bos_id is None:
         raise InputError(f"--bos: {args.model} names no bos_token_id: leave --bos out")
-    budgets = args.budgets or sorted({1.0, *map(float, model.config.gateskip.get("thresholds", ()))}, reverse=True)
-    policies = {b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
-                for b in budgets}
-    docs, origins = {}, {}
+    known = sorted({1.0, *map(float, model.config.gateskip.get("thresholds", ()))}, reverse=True)
+    budgets = list(dict.fromkeys(args.budgets or known))
+    try:
+        policies = {b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
+                    for b in budgets}
+    except InputError as error:
+        raise InputError(str(error).replace("--budget ", "--budgets ").replace("--policy", "--selector")) from None
+    docs, asked, origins = {}, {}, {}
     for name in names:                                           # all that may be wrong is said before the first row
         task = TASKS[name]
         shots = args.shots if task.shots else 0
@@ -271,28 +305,35 @@ def fill(args, names):
         if shots and len(others) < shots + (task.draws or 0):
             raise InputError(f"--shots {shots}: {name} has only {len(others)} examples to draw from")
         docs[name] = with_examples(task, found[:args.limit or None], others, shots, args.seed)
+        asked[name] = asked_of(model, tokenizer, task, docs[name], args)
         if task.bleu:
             bleu(["a"], ["a"])
     made_with = {"model": model_digest(model.source), "selector": args.selector, "shots": args.shots,
                  "limit": args.limit, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens,
                  "bos": args.bos, "seed": args.seed, "dtype": args.dtype, "device": device.type}
-    rows = rows_in(file, made_with)
+    rows, same = rows_in(file, made_with), {name: digest_of(docs[name]) for name in names}
+    if changed := [r["task"] for r in rows if r["data_digest"] != same.get(r["task"], r["data_digest"])]:
+        raise InputError(f"--out {file}: the questions of {changed[0]} were others when its rows were made: give "
+                         "another --out")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit()}
     done = {(r["task"], r["budget"]) for r in rows}
     print(f"\n{HEADER}", *map(line_of, rows), sep="\n", flush=True)
     todo = [(name, b) for name in names for b in budgets if (name, b) not in done]
     for name, b in tqdm(todo, desc="tasks x budgets"):
         task, savings = TASKS[name], Savings(model.config)
-        measure = generated_scores if task.kind == "answer" else log_scores
-        metrics, scores = measure(model, tokenizer, task, docs[name], policies[b], args, savings)
+        mine = docs[name], asked[name], policies[b], args, savings
+        if task.kind == "answer":
+            metrics, scores = generated_scores(model, tokenizer, task, *mine)
+        else:
+            metrics, scores = log_scores(model, task, *mine)
         saved = savings.report()
-        rows.append({"task": name, "budget": b, "n": len(docs[name]), "data": origins[name],
+        rows.append({"task": name, "budget": b, "n": len(docs[name]), "data": origins[name], "data_digest": same[name],
                      **summary(task, docs[name], metrics, scores), **{key: saved[key] for key in NUMBERS},
                      "scores": scores, "versions": versions})
         write(file, json.dumps({"settings": {**vars(args), "order": "as in the file; longest first in batches"},
                                 "made_with": made_with, "rows": rows}, indent=1))
         tqdm.write(line_of(rows[-1]))
-    groups = grouped(rows, args.tasks)
+    groups = grouped(rows)
     print(*map(line_of, groups), *lines_at(rows + groups), f"\nwritten: {file}", sep="\n")
     return 0
 

@@ -16,8 +16,12 @@
 #
 # For other sizes: TRAIN="--steps 10" EVALUATE="--limit 5" DATA=folder RUNS=folder MODEL=folder paper/reproduce.sh ...
 set -euo pipefail
+from_here() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+RUNS=${RUNS:+$(from_here "$RUNS")} DATA=${DATA:+$(from_here "$DATA")} TRAIN=${TRAIN:-} EVALUATE=${EVALUATE:-}
+[ ! -e "${MODEL:-}" ] || MODEL=$(from_here "$MODEL")
 cd "$(dirname "$0")/.."
-NAME=${1:-} DRY=${2:-} RUNS=${RUNS:-runs/paper} DATA=${DATA:-data/paper} TRAIN=${TRAIN:-} EVALUATE=${EVALUATE:-}
+NAME=${1:-} DRY=${2:-} RUNS=${RUNS:-runs/paper} DATA=${DATA:-data/paper}
+[ $# -le 2 ] || { echo "error: $3: one model, then maybe --dry-run" >&2; exit 1; }
 case $NAME in
     llama-3.2-1b) HUB=meta-llama/Llama-3.2-1B ;;
     llama-3.2-3b) HUB=meta-llama/Llama-3.2-3B ;;
@@ -30,7 +34,9 @@ MODEL=${MODEL:-$HUB} OUT=$RUNS/$NAME
 
 step() {                                      # step MADE COMMAND...: nothing if the file MADE is there already
     local made=$1; shift
-    if [ -n "$DRY" ]; then echo "$*"; elif [ -e "$made" ]; then echo "there: $made"; else echo "+ $*"; "$@"; fi
+    if [ -n "$DRY" ]; then printf '%q ' "$@"; echo
+    elif [ -e "$made" ]; then echo "there: $made"
+    else echo "+ $*"; "$@"; fi
 }
 trained() {                                   # trained NAME FLAGS...: a run in $OUT, gone on with if it was stopped
     local run=$OUT/$1; shift
@@ -47,11 +53,15 @@ evaluated() {                                 # evaluated NAME MODEL TASKS BUDGE
 
 MISSING=0
 if [ -n "$DRY" ]; then
-    python paper/can_be_had.py --model "$MODEL" --data "$DATA" \
+    python paper/can_be_had.py --model "$MODEL" --data "$DATA" --training-data \
         --tasks generative loglikelihood mmlu_gen piqa_gen lambada wmt16_en_ro || MISSING=1
     echo
 else
     mkdir -p "$OUT" "$DATA"
+    asked="MODEL=$MODEL TRAIN=$TRAIN EVALUATE=$EVALUATE"
+    [ -e "$OUT/settings" ] || echo "$asked" > "$OUT/settings"
+    [ "$(cat "$OUT/settings")" = "$asked" ] || {
+        echo "error: $OUT was begun with $(cat "$OUT/settings"), now $asked: give another RUNS" >&2; exit 1; }
 fi
 
 # data: traces (Table 14), web text for the hour of training before log-likelihoods, translations
@@ -60,14 +70,15 @@ step "$DATA/fineweb.jsonl" python paper/training_data.py fineweb --n 50000 --out
 step "$DATA/wmt16.jsonl" python paper/training_data.py wmt16 --n 100000 --out "$DATA/wmt16.jsonl"
 
 # training: Table 15; one seed of the paper's five (TRAIN="--seed 2" RUNS=runs/paper-2 for the next)
-PRESET="--preset $NAME --model $MODEL"
-trained traces $PRESET --data "$DATA/traces.jsonl" $TRAIN
+PRESET=(--preset "$NAME" --model "$MODEL")
+trained traces "${PRESET[@]}" --data "$DATA/traces.jsonl" $TRAIN
 TUNED=$OUT/traces-dense                       # 8B: its preset freezes the backbone, so the dense model is the untuned
 if [ "$NAME" = llama-3.1-8b ]; then TUNED=$MODEL; else
-    trained traces-dense $PRESET --gate none --data "$DATA/traces.jsonl" $TRAIN
+    trained traces-dense "${PRESET[@]}" --gate none --data "$DATA/traces.jsonl" $TRAIN
 fi
-trained fineweb $PRESET --data "$DATA/fineweb.jsonl" --seq-len 512 --batch-size 8 --steps 6000 --budget-end 0.4 $TRAIN
-trained wmt16 $PRESET --data "$DATA/wmt16.jsonl" $TRAIN
+trained fineweb "${PRESET[@]}" --data "$DATA/fineweb.jsonl" --seq-len 512 --batch-size 8 --steps 6000 \
+    --budget-end 0.4 $TRAIN
+trained wmt16 "${PRESET[@]}" --data "$DATA/wmt16.jsonl" $TRAIN
 
 # Tables 1, 2, 3 and 6: generated answers; Table 4: two more tasks of them
 LESS="0.95 0.9 0.85 0.8 0.75"

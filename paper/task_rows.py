@@ -6,6 +6,7 @@ comes out with the columns of the hub's data set, which is what tasks.py reads.
 """
 import bz2
 import csv
+import io
 import json
 import re
 import sys
@@ -75,6 +76,33 @@ def source_of(name):
         columns=whole.columns)
 
 
+def wrong_with(row):
+    """ "" or what cannot be asked of a row: a text that is none or blank, an answer beside the choices."""
+    for key in ("question", "question_stem", "goal", "sol1", "sol2", "sentence", "option1", "option2", "text",
+                "activity_label", "ctx", "ctx_a", "answerKey"):
+        if key in row and (not isinstance(row[key], str) or not row[key].strip() and key != "activity_label"):
+            return f"{key} is {row[key]!r:.60}, not a text"
+    if "translation" in row and not all(str(row["translation"].get(key) or "").strip() for key in ("en", "ro")):
+        return "translation lacks en or ro"
+    if "question" in row and "choices" not in row and not str(row.get("answer") or "").strip():
+        return f"answer is {row.get('answer')!r:.40}, not a text"
+    choices, golds = row.get("choices", row.get("endings", ())), None
+    if isinstance(choices, dict):
+        golds, choices = choices.get("label"), choices.get("text")
+        if not (isinstance(golds, list) and isinstance(choices, list) and len(golds) == len(choices) > 1):
+            return "choices has not as many labels as texts"
+        if str(row.get("answerKey")).strip() not in golds:
+            return f"answerKey is {row.get('answerKey')!r:.40}, none of {', '.join(map(str, golds))}"
+    if not (isinstance(choices, (list, tuple)) and all(isinstance(c, str) and c.strip() for c in choices)):
+        return f"a choice is no text: {choices!r:.80}"
+    most = len(choices) or 2
+    for key, allowed in (("label", range(most)), ("answer", range(1, 3) if "sentence" in row else range(most))):
+        if key in row and not (key == "answer" and "choices" not in row and "sentence" not in row):
+            if isinstance(row[key], (bool, float)) or str(row[key]) not in map(str, allowed):
+                return f"{key} is {row[key]!r:.40}, none of {', '.join(map(str, allowed))}"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,6 +112,7 @@ def read(path):
     name = path.name
     if not name.endswith((".parquet", ".jsonl", ".csv", ".tsv", ".txt", ".txt.bz2", ".tokens")):
         raise InputError(f"{path}: its format is not known: parquet, jsonl, csv, tsv, txt and txt.bz2 are")
+    where = path
     try:
         if name.endswith(".parquet"):
             try:
@@ -91,29 +120,40 @@ def read(path):
             except ImportError:
                 raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
             return read_table(path).to_pylist()
-        text = (bz2.decompress(path.read_bytes()) if name.endswith(".bz2") else path.read_bytes()).decode()
+        text = (bz2.decompress(path.read_bytes()) if name.endswith(".bz2") else path.read_bytes()).decode("utf-8-sig")
         if name.endswith(".jsonl"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            found = []
+            for number, line in enumerate(text.split("\n"), 1): # splitlines() would also cut at U+2028 and U+0085
+                where = f"{path}, line {number}"
+                if line.strip():
+                    found.append(dict(json.loads(line)))
+            return found
         if name.endswith(".csv"):
-            return mmlu_rows(list(csv.reader(text.splitlines(keepends=True))))
+            found = []
+            for number, line in enumerate(filter(any, csv.reader(io.StringIO(text, newline=""))), 1):
+                where = f"{path}, row {number}"
+                if line[0] != "question" or number > 1:          # MMLU's has a header, or none
+                    found.append(mmlu_row(line))
+            return found
         if name.endswith(".tsv"):
-            return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+            return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
         if name.endswith(".txt.bz2"):                            # six lines each: context, number of the right, endings
-            lines = text.splitlines()
+            lines = text.removesuffix("\n").split("\n")
+            if len(lines) % 6:
+                raise ValueError(f"{len(lines)} lines, and a question has six")
             return [{"ctx": lines[i], "label": lines[i + 1], "endings": lines[i + 2:i + 6]}
-                    for i in range(0, len(lines) - 5, 6)]
+                    for i in range(0, len(lines), 6)]
         pages = re.split(r"\n(?= = [^=].*[^=] = *\n)", f"\n{text}")            # each begins with " = Its title = "
         return [{"text": page.strip()} for page in pages if page.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, ValueError, IndexError, csv.Error) as error:
-        raise InputError(f"{path}: not readable in its format: {' '.join(str(error).split())[:160]}") from None
+    except (OSError, EOFError, UnicodeDecodeError, ValueError, TypeError, RecursionError, csv.Error) as error:
+        raise InputError(f"{where}: not readable in its format: {' '.join(str(error).split())[:160]}") from None
 
 
-def mmlu_rows(lines):
-    """Lists of columns, with a header (question, choice0, ..., answer 0 to 3) or without (..., answer A to D)."""
-    if lines and lines[0][0] == "question":
-        lines = lines[1:]
-    number = lambda answer: "ABCD".index(answer) if answer.isalpha() else int(answer)
-    return [{"question": line[0], "choices": line[1:5], "answer": number(line[5])} for line in lines]
+def mmlu_row(line):
+    """Columns question, four choices, answer: 0 to 3, or A to D. ValueError for anything else."""
+    if len(line) != 6 or line[5] not in [*"0123", *"ABCD"]:
+        raise ValueError(f"six columns, the last of them 0 to 3 or A to D, and not {line!r:.80}")
+    return {"question": line[0], "choices": line[1:5], "answer": "0123ABCD".index(line[5]) % 4}
 
 
 def options(text):
@@ -126,7 +166,7 @@ def options(text):
 def as_on_the_hub(row, labels, number):
     """A row with the hub's columns, whatever the published file calls them. labels: of PIQA's second file."""
     if labels:
-        row = row | {"label": int(labels[number])}
+        row = row | {"label": labels[number]}
     if "Question Stem" in row:
         letters, texts = options(row["Choices"])
         row = {"question_stem": row["Question Stem"], "choices": {"label": letters, "text": texts},
@@ -151,6 +191,8 @@ def find_local(name, split, folder):
 
 def find(name, split, folder):
     """(path of the split, where it came from). The hub's are kept in its own cache. InputError where there is none."""
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"--data {folder}: no such folder")
     source, path = source_of(name), find_local(name, split, folder)
     names = source.files.get(split, ())
     if path:
@@ -161,9 +203,9 @@ def find(name, split, folder):
     try:
         path = Path(hf_hub_download(source.repo, source.hub[split], repo_type="dataset", revision=source.revision))
     except Exception as error:  # of many kinds: no network, no such file, a licence
-        raise InputError(f"{name}, split {split}: not in --data {folder}, where {', '.join(names) or 'no file'} would "
-                         f"do, and the hub's {source.repo} cannot be had ({' '.join(str(error).split())[:120]}): "
-                         "download it and give its folder by --data") from None
+        here = f"not in --data {folder}, where {', '.join(names) or source.hub[split]} would do, and " if folder else ""
+        raise InputError(f"{name}, split {split}: {here}the hub's {source.repo} cannot be had "
+                         f"({' '.join(str(error).split())[:120]}): download it and give its folder by --data") from None
     return path, f"{source.repo}@{path.resolve().parts[-len(Path(source.hub[split]).parts) - 1]}"
 
 
@@ -173,14 +215,21 @@ def rows(name, split, folder=None):
     name: a key of SOURCES, or "mmlu/SUBJECT". InputError for a split, a format or a column that it lacks."""
     path, origin = find(name, split, folder)
     found, beside = read(path), path.with_name(f"{path.stem}-labels.lst")        # PIQA has a file of answers
-    labels = beside.read_text().split() if beside.is_file() else []
+    labels = beside.read_bytes().decode(errors="replace").split() if beside.is_file() else []
     if labels and len(labels) != len(found):
-        raise InputError(f"{path}: {len(found)} rows and {len(labels)} labels beside it")
+        raise InputError(f"{path}: {len(found)} rows and {len(labels)} labels in {beside}")
     if not found:
         raise InputError(f"{path}: there are no rows in it")
-    found = [as_on_the_hub(row, labels, i) for i, row in enumerate(found)]
-    for number, row in enumerate(found, 1):
+    subject, rows_found = {"subject": name[5:]} if name.startswith("mmlu/") else {}, []
+    for number, row in enumerate(found):
+        where = f"{path}, row {number + 1}" + f", or its label in {beside.name}" * bool(labels)
+        try:
+            row = as_on_the_hub(row, labels, number)
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(f"{where}: not as it was published: {row!r:.160}") from None
         if lacking := [column for column in source_of(name).columns if column not in row]:
-            raise InputError(f"{path}, row {number}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}")
-    subject = {"subject": name[5:]} if name.startswith("mmlu/") else {}
-    return [subject | row for row in found], origin
+            raise InputError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}")
+        if wrong := wrong_with(row):
+            raise InputError(f"{where}: {wrong}")
+        rows_found.append(subject | row)
+    return rows_found, origin

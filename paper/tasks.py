@@ -223,6 +223,8 @@ def with_examples(task, rows, others=(), shots=0, seed=1234):
         try:
             doc = task.doc(row)
             front = task.describe(row) + examples(task, doc, others, shots, draw)
+            if not all(rest.strip() for _, rest in doc.pairs):
+                raise ValueError("a choice, or a last word, is blank")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{task.rows}: row {number}, or an example for it, is not as published ({error!r:.80}): "
                              f"{row!r:.200}") from None

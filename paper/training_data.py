@@ -72,29 +72,34 @@ def row_groups(folder):
                 yield from table.read_row_group(group, columns=columns).to_pylist()
 
 
+class Cut(Exception):
+    """The hub failed, or Ctrl-C came, before all texts had: str(self) says which; self.found, what had come."""
+
+
 def texts(folder, n, seconds, least, of_row):
-    """Up to n texts, of_row of each row, of at least `least` characters, or those of the first `seconds`."""
-    found, until = [], time.monotonic() + seconds
-    bar = tqdm(total=n, desc=folder, smoothing=0)
+    """Up to n texts, of_row of each row, of at least `least` characters, or those of the first `seconds`. Rows without
+    one are left out. Cut where that ends early."""
+    found, until, bar = [], time.monotonic() + seconds, tqdm(total=n, desc=folder, smoothing=0)
     try:
         for row in row_groups(folder):
             text = of_row(row)
-            if len(text) >= least:
+            if text and len(text) >= least:
                 found.append(text)
                 bar.update()
             if len(found) == n or time.monotonic() > until:
-                break
-    except Exception as error:  # of the hub, of the network, of pyarrow: what has come is of use
-        if not found:
-            raise InputError(f"{folder} cannot be read from the hub ({' '.join(str(error).split())[:120]})") from None
-        print(f"the hub failed after {len(found)} texts ({' '.join(str(error).split())[:120]})", file=sys.stderr)
-    bar.close()
+                return found
+    except (Exception, KeyboardInterrupt) as error:  # of the hub, of the network, of pyarrow: what has come is of use
+        cut = Cut(" ".join(str(error).split())[:120] or type(error).__name__)
+        cut.found = found
+        raise cut from None
+    finally:
+        bar.close()
     return found
 
 
 def translation(row):
-    pair = row["translation"]
-    return f"translate English to Romanian: {pair['en']}\n{pair['ro']}"
+    pair = row["translation"] or {}
+    return f"translate English to Romanian: {pair['en']}\n{pair['ro']}" if pair.get("en") and pair.get("ro") else ""
 
 
 def parse_args(argv):
@@ -114,17 +119,27 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.held_out is not None and Path(args.out).resolve() == Path(args.held_out).resolve():
+        raise InputError(f"--held-out {args.held_out} is --out, too: one would take the place of the other")
     for flag, path in (("--out", args.out), ("--held-out", args.held_out)):
-        if path and (Path(path).suffix != ".jsonl" or Path(path).exists()):
+        if path is not None and (Path(path).suffix != ".jsonl" or Path(path).exists()):
             raise InputError(f"{flag} {path}: give the name of a new .jsonl file")
-        if path:
+        if path is not None:
             check_writable(Path(path).parent)
     if args.what != "traces":
         if args.held_out or args.gsm8k or args.commonsense_qa:
             raise InputError(f"--held-out, --gsm8k and --commonsense-qa are for traces, not for {args.what}")
         folder, least, of_row = ((FINEWEB, args.min_chars, lambda row: row["text"]) if args.what == "fineweb" else
                                  (f"{WMT16}/train", 0, translation))
-        found = texts(folder, args.n, 60 * args.minutes, least, of_row)
+        try:
+            found = texts(folder, args.n, 60 * args.minutes, least, of_row)
+        except Cut as cut:
+            if cut.found:
+                write(f"{args.out}.part", lines(cut.found))
+            kept = f"; {len(cut.found)} texts are in {args.out}.part, to be renamed if they do" * bool(cut.found)
+            raise InputError(f"{folder} cannot be read from the hub to its end ({cut}){kept}") from None
+        if not found:
+            raise InputError(f"{folder}: no text of --min-chars {least} came in --minutes {args.minutes:g}")
         write(args.out, lines(found))
         print(f"written: {args.out}: {len(found)} texts")
         return 0

@@ -1,6 +1,7 @@
 """score.py and evaluate.py: scores against a plain loop, what sharing and batches may change, and the command."""
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -143,8 +144,8 @@ def test_windows_score_each_token_once():
         ids = list(range(10, 10 + n))
         found = evaluate.windows(ids, 7, 4)
         assert [token for _, rest in found for token in rest] == ids
-        assert found[0][0] == [7] and all(context == [rest[0] - 1] for context, rest in found[1:])
-        assert all(len(rest) <= 4 for _, rest in found)
+        assert found[0][0] == [7] and all(context[-1] == rest[0] - 1 for context, rest in found[1:])
+        assert all(len(rest) <= 4 for _, rest in found) and all(len(c) + len(r) == 5 for c, r in found[1:])
 
 
 def test_groups_are_micro_means():
@@ -152,9 +153,9 @@ def test_groups_are_micro_means():
     three = dict.fromkeys(evaluate.NUMBERS, 0.1)
     rows = [{"task": name, "budget": 1.0, "n": 300, "acc": 0.0, **three} for name in evaluate.GROUPS["mmlu_stem"]]
     rows[0] |= {"n": 100, "acc": 1.0}
-    row, = evaluate.grouped(rows, ["mmlu_stem", "piqa"])
+    row, = evaluate.grouped(rows)
     assert row["n"] == 5500 and row["acc"] == pytest.approx(100 / 5500) and row["skipped"] == pytest.approx(0.1)
-    assert evaluate.grouped(rows[1:], ["mmlu_stem"]) == []
+    assert evaluate.grouped(rows[1:]) == []
 
 
 # Generated answers.
@@ -274,6 +275,44 @@ def test_bad_input(base, tmp_path, monkeypatch, switches, flags, said):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     argv = command(base, tmp_path / "a.json", *switches, **flags)
     assert said in complaint(evaluate.main, argv) and not (tmp_path / "a.json").exists()
+
+
+def test_questions_that_have_changed(base, tmp_path):
+    """Rows of two data sets in one table; a budget measured twice."""
+    data = tmp_path / "data"
+    shutil.copytree(base, data)
+    argv = command(base, tmp_path / "a.json", "--tasks", "piqa", "--budgets", "0.7", "1.0", "0.7", data=data)
+    assert evaluate.main(argv) == 0 and [r["budget"] for r in stored(tmp_path / "a.json")] == [0.7, 1.0]
+    (data / "piqa_valid.jsonl").write_text((data / "piqa_valid.jsonl").read_text().replace("red", "green"))
+    assert "the questions of piqa were others" in complaint(evaluate.main, argv)
+
+
+@pytest.mark.parametrize("change", [dict(acc=17), dict(acc="x"), dict(acc=None), dict(n=0), dict(budget=7),
+                                    dict(macs_saved=float("nan")), dict(task="theirs"), dict(data_digest=3)])
+def test_rows_changed_by_hand(base, tmp_path, change):
+    """A figure that cannot be, printed as if it were a result, or a traceback."""
+    out = tmp_path / "a.json"
+    evaluate.main(command(base, out, "--budgets", "1.0", tasks="piqa", limit=2))
+    whole = json.loads(out.read_text())
+    whole["rows"][0] |= change
+    out.write_text(json.dumps(whole))
+    assert "is damaged" in complaint(evaluate.main, command(base, out, "--budgets", "1.0", tasks="piqa", limit=2))
+
+
+def test_what_does_not_fit_is_said_first(base, tmp_path):
+    """An hour of other tasks before the first question that is too long."""
+    row = {"goal": "g", "sol1": "x", "sol2": "pens " * 600, "label": 1}
+    (tmp_path / "piqa_valid.jsonl").write_text(json.dumps(row))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "pens " * 600, "answer": "#### 1"}))
+    for task, said in (("piqa", "piqa, question 1: a choice has more tokens"), ("gsm8k", "gsm8k, question 1: ")):
+        told = complaint(evaluate.main, command(base, tmp_path / "a.json", tasks=task, data=tmp_path))
+        assert said in told and "positions" in told and not (tmp_path / "a.json").exists()
+
+
+def test_a_perplexity_beyond_all_bounds():
+    """An overflow after the work is done."""
+    out = evaluate.summary(TASKS["lambada"], [Doc()], {"acc": [0.0], "log_likelihood": [-5000.0]}, None)
+    assert out["perplexity"] == math.inf
 
 
 def test_bos(base, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 import budgets
 import train
+from conftest import complaint
 from load_weights import save_model
 from problems import arithmetic
 from toy_runs import ROOT, toy
@@ -24,7 +25,7 @@ from tasks import STEM
 SMALL = {"train.py": "--steps 2 --batch-size 2 --seq-len 160 --warmup 1 --eval-limit 4 --device cpu --calibrate 0.9",
          "paper/evaluate.py": "--limit 1 --shots 0 --max-new-tokens 2"}
 LOGGED = """#!/bin/sh
-echo "$*" >> "$LOG"
+{ printf "'%s' " "$@"; echo; } >> "$LOG"
 [ "$1" != "$STOP_AT" ]
 """
 
@@ -96,6 +97,7 @@ def test_every_command_at_toy_size(script, tmp_path, monkeypatch):
     assert {r["task"] for r in results["scored"]} >= {"hellaswag", "winogrande", *(f"mmlu_{name}" for name in STEM)}
     assert any(r["skipped"] > 0 for r in results["scored"]) and results["translated"][0]["bleu"] >= 0.0
     assert script("llama-3.2-1b", MODEL=str(tmp_path / "base")) == []            # all of it is there
+    assert script("llama-3.2-1b", code=1) == [] and "was begun with MODEL=" in script.printed
 
 
 def test_a_stopped_script_goes_on(script, tmp_path):
@@ -116,6 +118,9 @@ def test_each_model(script, tmp_path):
     ran = [" ".join(command) for command in script("llama-3.1-8b")]
     assert [command.split()[1] for command in ran[:3]] == ["traces", "fineweb", "wmt16"]
     assert not any("--gate none" in command for command in ran) and "--model meta-llama/Llama-3.1-8B " in ran[3]
+    (tmp_path / "a model").mkdir()
+    assert str(tmp_path / "a model") in script("gemma-2-2b", MODEL=str(tmp_path / "a model"))[3]
+    assert script("llama-3.2-1b", "--dry-run", "more", code=1) == []
     assert script("llama-4", code=1) == [] and "error: give llama-3.2-1b" in script.printed
     assert script("llama-3.2-1b", "--dry", code=1) == [] and "only --dry-run may follow" in script.printed
 
@@ -140,8 +145,11 @@ def test_what_can_be_had(tmp_path, monkeypatch, capsys):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     write_data(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     had = lambda *tasks: can_be_had.main(["--model", str(tmp_path), "--data", str(tmp_path), "--tasks", *tasks])
     assert had("lambada", "openbookqa") == 0 and asked == [("dataset", "allenai/openbookqa")]
+    assert had("lambada", "--training-data") == 0 and len(asked) == 1
+    assert "no folder of a model" in complaint(can_be_had.main, ["--model", str(tmp_path / "traces.jsonl")])
     assert had("piqa") == 1 and "NO  dataset  baber/piqa" in capsys.readouterr().out
 
 

@@ -148,7 +148,7 @@ def test_every_format(tmp_path):
         write(tmp_path / name, content)
     write(tmp_path / "piqa_valid-labels.lst", "1\n")
     found = {f"{name} {split}": rows(name, split, tmp_path)[0] for name, split, _, _ in FILES}
-    assert found["piqa validation"] == [{"goal": "g", "sol1": "x", "sol2": "y", "label": 1}]
+    assert found["piqa validation"] == [{"goal": "g", "sol1": "x", "sol2": "y", "label": "1"}]
     assert found["openbookqa test"] == [{"question_stem": 'a "stem', "answerKey": "B", "choices": {
         "label": list("ABCD"), "text": ["x", "y z", "u", "v"]}}]
     assert found["commonsense_qa validation"][0]["choices"] == {"label": list("ABCDE"), "text": list("abcde")}
@@ -182,8 +182,45 @@ def test_bad_files(tmp_path, name, content, said):
     assert said in complaint(rows, "piqa", "validation", tmp_path)
 
 
+@pytest.mark.parametrize("name, changed, said", [
+    ("piqa", {"label": -1}, "label is -1, none of 0, 1"), ("piqa", {"label": True}, "label is True"),
+    ("piqa", {"sol1": ""}, "sol1 is '', not a text"), ("piqa", {"goal": None}, "goal is None, not a text"),
+    ("commonsense_qa", {"answerKey": "F"}, "answerKey is 'F', none of A, B, C, D, E"),
+    ("commonsense_qa", {"choices": {"label": ["A"], "text": []}}, "not as many labels as texts"),
+    ("winogrande", {"answer": "0"}, "answer is '0', none of 1, 2"), ("hellaswag", {"endings": "abcd"}, "no text"),
+    ("hellaswag", {"label": "4"}, "label is '4'"), ("lambada", {"text": " "}, "text is ' ', not a text")])
+def test_wrong_rows(tmp_path, name, changed, said):
+    """An answer that nobody can give, or None read as a word: the file and the row are named."""
+    task = TASKS[name]
+    lines = "".join(json.dumps(row) + "\n" for row in (row_of(name, 1), row_of(name, 0) | changed))
+    file = task_rows.SOURCES[task.rows].files[task.split][0]
+    write(tmp_path / file, lines)
+    told = complaint(rows, task.rows, task.split, tmp_path)
+    assert f"{file}, row 2" in told and said in told
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("piqa_valid.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y", "label": 1}\n[1, 2]', "line 2: not readable"),
+    ("dev_rand_split.jsonl", '{"answerKey": "A", "question": {"choices": []}}', "row 1: not as it was published"),
+    ("hellaswag_val_full.txt.bz2", bz2.compress(b"a\n1\nb\nc\nd\ne\nf\n"), "7 lines, and a question has six"),
+    ("anatomy_test.csv", "q,1,2,3,4,E\n", "row 1: not readable"), ("anatomy_test.csv", "q,1,2\n", "six columns")])
+def test_broken_files(tmp_path, name, content, said):
+    write(tmp_path / name, content)
+    asked = {"p": "piqa", "d": "commonsense_qa", "h": "hellaswag", "a": "mmlu/anatomy"}[name[0]]
+    assert said in complaint(rows, asked, "test" if name[0] == "a" else "validation", tmp_path)
+
+
+def test_line_ends_of_others(tmp_path):
+    """U+0085 and U+2028 inside of a published text taken for the end of a line; a mark at the start of a file."""
+    write(tmp_path / "anatomy_test.csv", "\ufeffquestion,choice0,choice1,choice2,choice3,answer\nq\u0085r,1,2,3,4,2\n")
+    write(tmp_path / "hellaswag_val_full.txt.bz2", bz2.compress("a\u2028b\n1\nc\nd\ne\nf\n".encode()))
+    assert rows("mmlu/anatomy", "test", tmp_path)[0][0]["question"] == "q\u0085r"
+    assert rows("hellaswag", "validation", tmp_path)[0][0]["ctx"] == "a\u2028b"
+
+
 @pytest.mark.parametrize("name, changed", [("piqa", {"label": "x"}), ("commonsense_qa", {"answerKey": "F"}),
-                                           ("winogrande", {"sentence": "no gap"}), ("hellaswag", {"endings": None})])
+                                           ("winogrande", {"sentence": "no gap"}), ("hellaswag", {"endings": None}),
+                                           ("hellaswag", {"endings": ["[x]", "a", "b", "c"]})])
 def test_rows_that_are_not_as_published(name, changed):
     """A traceback, or an answer that is wrong whatever the model says."""
     row = row_of(name, 0) | changed

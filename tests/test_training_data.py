@@ -98,7 +98,13 @@ def test_fineweb_and_wmt16(shards, tmp_path, monkeypatch):
     assert made("fineweb", "--min-chars", "2", "--n", "3") == ["aaaa", "cccc", "dddd"]
     assert made("wmt16") == [f"translate English to Romanian: e{i}\nr{i}" for i in range(3)]
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: Hub(shards, broken=True))
-    assert made("fineweb", "--min-chars", "2", "--n", "9", "--seed", "3") == ["aaaa", "cccc"]    # what came is kept
+    out = tmp_path / "cut.jsonl"
+    told = complaint(training_data.main, ["fineweb", "--min-chars", "2", "--out", str(out)])
+    assert "connection lost" in told and "2 texts are in" in told and not out.exists()
+    assert (tmp_path / "cut.jsonl.part").read_text().count("\n") == 2
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: Hub(shards))
+    assert "no text of --min-chars 99" in complaint(
+        training_data.main, ["fineweb", "--min-chars", "99", "--out", str(out)]) and not out.exists()
 
 
 def test_bad_input(files, tmp_path, monkeypatch):
@@ -110,10 +116,13 @@ def test_bad_input(files, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "new.jsonl")]
     assert "multi-domain-reasoning/gsm8k cannot be had from the hub (offline)" in complaint(
         training_data.main, ["traces", *out])
-    assert "cannot be read from the hub (offline)" in complaint(training_data.main, ["fineweb", *out])
+    assert "cannot be read from the hub to its end (offline)" in complaint(training_data.main, ["fineweb", *out])
     assert "are for traces" in complaint(training_data.main, ["wmt16", *files[:2], *out])
     assert "give the name of a new" in complaint(training_data.main, ["traces", *files, "--out", files[1]])
     (tmp_path / "plain.txt").write_text("a b c")
     assert "plain text" in complaint(training_data.main, ["traces", "--gsm8k", str(tmp_path / "plain.txt"), *files[2:],
                                                           *out])
+    assert "is --out, too" in complaint(training_data.main, ["traces", *files, *out, "--held-out",
+                                                            str(tmp_path / "a" / ".." / "new.jsonl")])
+    assert "--out : give the name" in complaint(training_data.main, ["traces", *files, "--out", ""])
     assert not (tmp_path / "new.jsonl").exists()

@@ -1,4 +1,6 @@
 """compare.py: what it says of two that agree, and of two that do not."""
+import shutil
+
 import made
 
 import pytest
@@ -55,5 +57,13 @@ def test_a_folder_of_another_run(folders, tmp_path, monkeypatch):
     """Thresholds of an older calibration, compared as if they were the run's."""
     flags = dict(model=folders / "run", dense=folders / "dense", limit=2)
     assert "is not of --model" in complaint(compare.main, words(exported=folders / "dense", **flags))
+    assert "--dense" in complaint(compare.main, words(exported=folders / "out", **{**flags, "dense": folders / "out"}))
+    assert "has no gates with frozen" in complaint(compare.main, words(exported=folders / "out", **{
+        **flags, "model": folders / "dense"}))
+    assert complaint(compare.main, words("--budgets", "0.1", exported=folders / "out", **flags)).startswith(
+        "--budgets 0.1 is below")
+    shutil.copytree(folders / "out", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:999])
+    assert "transformers does not open it" in complaint(compare.main, words(exported=tmp_path / "cut", **flags))
     (tmp_path / "none").mkdir()
     assert "transformers does not open it" in complaint(compare.main, words(exported=tmp_path / "none", **flags))
