@@ -3,17 +3,15 @@
     python paper/evaluate.py --model runs/smol --tasks piqa lambada --budgets 1.0 0.8 0.6 --limit 500 --data qa \\
         --out runs/smol-eval.json
 
-Tasks are defined in tasks.py, their rows read by task_rows.py, log-likelihoods made by score.py. Rows are written as
-they come, with the score of every question, and the same command goes on where it was stopped. Under --selector frozen
-(the thresholds of the run) no answer depends on --batch-size or on the order; under batch, the paper's quantile, all
-do, so compare rows of one batch size only.
+Tasks are defined in tasks.py, their rows read by task_rows.py and scored by task_scores.py. Results are written as they
+come, with the score of every question, and the same command goes on where it was stopped. Under --selector frozen (the
+thresholds of the run) no answer depends on --batch-size or on the order; under batch, the paper's quantile, all do, so
+compare rows of one batch size only.
 """
 import hashlib
 import json
 import math
-import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,162 +24,17 @@ from tqdm import tqdm
 
 from disk import only_one, write
 from gates import check_budget
-from generate import generate
 from load_weights import check_fit, load_model, load_tokenizer, model_digest, read_json
 from opened import check_own
 from savings import Savings
-from score import encode_pair, log_likelihoods
 from study import commit
 from sweep import interpolate
 from task_rows import rows as rows_of
-from tasks import GROUPS, TASKS, expand, extract, with_examples
+from task_scores import asked_of, bleu, generated_scores, log_scores, summary
+from tasks import GROUPS, TASKS, expand, with_examples
 from thresholds import make_policy
-from tokens import decode, encode
 
 NUMBERS, AT = ("skipped", "skipped_per_call", "macs_saved"), (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One task at one budget: {name of a metric: value per question}
-# ---------------------------------------------------------------------------------------------------------------------
-
-def score_choices(task, docs, answers):
-    """acc: the likeliest choice is right (the first of equals); acc_norm: the likeliest per character."""
-    first = lambda values: max(range(len(values)), key=values.__getitem__)
-    metrics = {"acc": [], "acc_norm": []} if task.norm else {"acc": []}
-    for doc, found in zip(docs, answers):
-        scores = [score for score, _ in found]
-        metrics["acc"].append(float(first(scores) == doc.gold))
-        if task.norm:
-            per = [score / (len(rest) - 1) for score, (_, rest) in zip(scores, doc.pairs)]       # without the space
-            metrics["acc_norm"].append(float(first(per) == doc.gold))
-    return metrics
-
-
-def windows(ids, before, most):
-    """Cut a text's ids into (context, continuation) so that each is scored once, behind up to `most` ids in all."""
-    found = [([before], ids[:most])]
-    for start in range(most, len(ids), most):                    # the last is short, and sees all that fits before it
-        end = min(start + most, len(ids))
-        found.append((ids[end - most - 1:start], ids[start:end]))
-    return found
-
-
-def asked_of(model, tokenizer, task, docs, args):
-    """What the model reads: per question its (context, continuation) ids, or the ids of its prompt.
-
-    InputError, with the number of the question, for what the model has no positions for."""
-    most, bos = model.config.max_position_embeddings, args.bos_id if args.bos else None
-    before, found = args.bos_id if args.bos_id is not None else next(iter(model.config.eos_ids), None), []
-    for number, doc in enumerate(docs, 1):
-        if task.kind == "answer":
-            ids = encode(tokenizer, doc.prompt)
-            found.append(ids if bos is None or ids[:1] == [bos] else [bos] + ids)
-            if len(found[-1]) + args.max_new_tokens > most:
-                raise InputError(f"{task.rows}, question {number}: {len(found[-1])} tokens and --max-new-tokens "
-                                 f"{args.max_new_tokens} exceed the model's {most} positions: lower it, or --limit")
-        elif task.kind == "text":
-            found.append(windows(encode(tokenizer, doc.size, front=False), before, most))
-        else:
-            pairs = [encode_pair(tokenizer, *pair, bos=bos)[:2] for pair in doc.pairs]
-            if max(len(rest) for _, rest in pairs) > most:
-                raise InputError(f"{task.rows}, question {number}: a choice has more tokens than the model's {most} "
-                                 "positions: lower --limit to leave it out")
-            found.append([(context or [before], rest) for context, rest in pairs])
-        if before is None:
-            raise InputError("the model names neither a bos_token_id nor an end token for a text to start from")
-    return found
-
-
-def log_scores(model, task, docs, questions, policy, args, savings):
-    """(metrics, what each question scored: lists of log-likelihoods) of a task without generation."""
-    found = log_likelihoods(model, policy, questions, args.batch_size, savings)
-    sums = [[score for score, _ in mine] for mine in found]
-    if task.kind == "choice":
-        return score_choices(task, docs, found), sums
-    if task.kind == "word":
-        return {"acc": [float(greedy) for ((_, greedy),) in found], "log_likelihood": [mine[0] for mine in sums]}, sums
-    return {"log_likelihood": [sum(mine) for mine in sums], "tokens": [sum(len(r) for _, r in q) for q in questions],
-            "words": [len(re.split(r"\s+", doc.size)) for doc in docs],
-            "bytes": [len(doc.size.encode()) for doc in docs]}, sums
-
-
-class AllEnded(Exception):
-    """Every text of a batch has met a stop: nothing is left to generate."""
-
-
-def written(model, tokenizer, prompts, room, policy, stops, savings):
-    """Continue prompts (lists of ids) greedily -> their texts, cut at the first stop string. A text that has met one
-    runs along, unread, until the last of its batch has."""
-    ends, new, ended = set(model.config.eos_ids), [[] for _ in prompts], set()
-
-    def take(i, token):
-        if i not in ended:
-            new[i].append(token)
-            if token in ends or any(stop in decode(tokenizer, new[i], special=True) for stop in stops):
-                ended.add(i)
-        if len(ended) == len(prompts):
-            raise AllEnded
-
-    count = lambda trace: savings.add(trace, "answer" if any(new) else "prompt")
-    with suppress(AllEnded):
-        generate(model, prompts, room, policy, ends, on_token=take, on_pass=count)
-    texts = [decode(tokenizer, [token for token in ids if token not in ends], special=True) for ids in new]
-    return [re.split("|".join(map(re.escape, stops)), text)[0] for text in texts]
-
-
-def generated_scores(model, tokenizer, task, docs, prompts, policy, args, savings):
-    """(metrics, texts) of a generative task, longest prompts first, in batches of --batch-size."""
-    order, texts = sorted(range(len(docs)), key=lambda i: (-len(prompts[i]), i)), [None] * len(docs)
-    for start in tqdm(range(0, len(order), args.batch_size), desc="answers", leave=False):
-        batch = order[start:start + args.batch_size]
-        for i, text in zip(batch, written(model, tokenizer, [prompts[i] for i in batch], args.max_new_tokens, policy,
-                                          task.stops, savings)):
-            texts[i] = text
-    if task.bleu:
-        return {}, texts
-    strict, loose = ([extract(text, pattern, last) for text in texts]
-                     for pattern, last in ((task.strict, False), (task.loose, True)))
-    right = lambda found: [float(answer == doc.gold) for answer, doc in zip(found, docs)]
-    return {"acc": right(strict), "flexible": right(loose),
-            "invalid": [float(answer == "[invalid]") for answer in strict]}, texts
-
-
-def exp(x):
-    return math.exp(x) if x < 700 else math.inf
-
-
-def summary(task, docs, metrics, texts):
-    """{metric: value, "..._stderr": its standard error (sample deviation over root n)} from values per question."""
-    out, n = {}, len(docs)
-    for name in ("acc", "acc_norm", "flexible", "invalid"):
-        if name in metrics:
-            mean = sum(metrics[name]) / n
-            out[name] = mean
-            out[f"{name}_stderr"] = (sum((x - mean) ** 2 for x in metrics[name]) / max(n - 1, 1) / n) ** 0.5
-    total = sum(metrics.get("log_likelihood", ()))
-    if task.kind == "word":
-        out["perplexity"] = exp(-total / n)                 # of a word, not of a token
-    if task.kind == "text":
-        out |= {f"{unit}_perplexity": exp(-total / sum(metrics[f"{unit}s"])) for unit in ("token", "word", "byte")}
-    if task.bleu:
-        out["bleu"] = bleu(texts, [doc.gold for doc in docs])
-    return out
-
-
-def bleu(texts, references):
-    """Corpus BLEU, 0 to 100. InputError without sacrebleu."""
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError:
-        raise InputError("BLEU needs sacrebleu: pip install sacrebleu") from None
-    return corpus_bleu(texts, [references]).score
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
 MAIN = ("acc", "bleu", "word_perplexity")                        # what a task is known by, and what stands beside it
 BESIDE = ("acc_norm", "perplexity", "flexible", "token_perplexity")
 HEADER = (f"{'task':36} {'budget':>6} {'n':>6} {'score':>15} {'beside it':>26} {'skipped':>8} {'per call':>8} "

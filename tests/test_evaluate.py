@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "paper"))
 
 import evaluate
 import score
+import task_scores
 from score import batches, common, encode_pair, log_likelihoods
 from tasks import TASKS, Doc
 
@@ -125,15 +126,15 @@ def test_metrics_by_hand():
     """acc_norm by tokens, or with the space; the last of equals; a deviation over n."""
     docs = [Doc((("q", " ab"), ("q", " abcdefgh")), gold) for gold in (0, 1)]
     found = [[(-10.0, False), (-12.0, False)]] * 2
-    metrics = evaluate.score_choices(TASKS["piqa"], docs, found)
+    metrics = task_scores.score_choices(TASKS["piqa"], docs, found)
     assert metrics == {"acc": [1.0, 0.0], "acc_norm": [0.0, 1.0]}
-    assert evaluate.score_choices(TASKS["piqa"], docs[:1], [[(-3.0, False)] * 2])["acc"] == [1.0]
-    out = evaluate.summary(TASKS["piqa"], docs, metrics, None)
+    assert task_scores.score_choices(TASKS["piqa"], docs[:1], [[(-3.0, False)] * 2])["acc"] == [1.0]
+    out = task_scores.summary(TASKS["piqa"], docs, metrics, None)
     assert out["acc"] == 0.5 and out["acc_stderr"] == pytest.approx(0.5)         # sqrt(0.5) / sqrt(2)
     words = [Doc(), Doc(), Doc()]
-    out = evaluate.summary(TASKS["lambada"], words, {"acc": [1.0, 0.0, 0.0], "log_likelihood": [-1, -2, -3]}, None)
+    out = task_scores.summary(TASKS["lambada"], words, {"acc": [1.0, 0.0, 0.0], "log_likelihood": [-1, -2, -3]}, None)
     assert out["perplexity"] == pytest.approx(math.e ** 2)
-    out = evaluate.summary(TASKS["wikitext"], words[:1], {"log_likelihood": [-6.0], "tokens": [3], "words": [2],
+    out = task_scores.summary(TASKS["wikitext"], words[:1], {"log_likelihood": [-6.0], "tokens": [3], "words": [2],
                                                           "bytes": [12]}, None)
     assert [out[f"{unit}_perplexity"] for unit in ("token", "word", "byte")] == pytest.approx(
         [math.exp(x) for x in (2, 3, 0.5)])
@@ -142,7 +143,7 @@ def test_metrics_by_hand():
 def test_windows_score_each_token_once():
     for n in (1, 4, 5, 8, 9):
         ids = list(range(10, 10 + n))
-        found = evaluate.windows(ids, 7, 4)
+        found = task_scores.windows(ids, 7, 4)
         assert [token for _, rest in found for token in rest] == ids
         assert found[0][0] == [7] and all(context[-1] == rest[0] - 1 for context, rest in found[1:])
         assert all(len(rest) <= 4 for _, rest in found) and all(len(c) + len(r) == 5 for c, r in found[1:])
@@ -175,8 +176,8 @@ def test_a_text_ends_at_its_stop_and_stops_nobody_else(tmp_path, monkeypatch):
                 if step < len(ids[i]):
                     given.append(step)
                     on_token(i, ids[i][step])
-    monkeypatch.setattr(evaluate, "generate", generate)
-    texts = evaluate.written(model, tokenizer, [[1], [1], [1]], 100, None, ("Question:", "</s>"), None)
+    monkeypatch.setattr(task_scores, "generate", generate)
+    texts = task_scores.written(model, tokenizer, [[1], [1], [1]], 100, None, ("Question:", "</s>"), None)
     assert texts == ["One.", says[1], says[2]] and max(given) == len(ids[1]) - 1
 
 
@@ -311,7 +312,7 @@ def test_what_does_not_fit_is_said_first(base, tmp_path):
 
 def test_a_perplexity_beyond_all_bounds():
     """An overflow after the work is done."""
-    out = evaluate.summary(TASKS["lambada"], [Doc()], {"acc": [0.0], "log_likelihood": [-5000.0]}, None)
+    out = task_scores.summary(TASKS["lambada"], [Doc()], {"acc": [0.0], "log_likelihood": [-5000.0]}, None)
     assert out["perplexity"] == math.inf
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "paper"))
 
 import can_be_had
 import evaluate
+import task_scores
 from tasks import STEM
 
 SMALL = {"train.py": "--steps 2 --batch-size 2 --seq-len 160 --warmup 1 --eval-limit 4 --device cpu --calibrate 0.9",
@@ -160,4 +161,4 @@ def test_bleu():
                                      (["the cat"], ["the cat sat on the mat"], 0.0),
                                      (["Pisica stă pe covor.", "Bună ziua!"],
                                       ["Pisica stă pe covor .", "Bună ziua, domnule!"], 69.2463)):
-        assert evaluate.bleu(texts, references) == pytest.approx(score, abs=1e-4)
+        assert task_scores.bleu(texts, references) == pytest.approx(score, abs=1e-4)
