@@ -27,6 +27,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{' '.join(message.split()).removeprefix('argument ')}; --help lists the flags")
 
+    def _print_message(self, message, file=None):                # argparse's own is silent about a closed pipe
+        (file or sys.stderr).write(message)
+
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         console.given = {(a.option_strings or [a.dest])[0]: getattr(args, a.dest) for a in self._actions

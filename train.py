@@ -52,7 +52,7 @@ PRESETS = {
     # our recipe, for two CPU cores: one threshold for the whole model
     "smollm2-135m": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", steps=1000, batch_size=2, seq_len=512, lr=3e-4,
                          warmup=50, gate="scalar", threshold="global", sparsity_cost="macs", gate_lr_scale=30.0,
-                         sparsity_weight=1.0, schedule="uniform", budget_end=0.48, compute="compact",
+                         sparsity_weight=1.0, schedule="uniform", budget_end=0.48, compute="compact", kv="dense",
                          calibration_sequences=16),
 }
 
