@@ -137,7 +137,7 @@ def summary(task, docs, metrics, texts):
             out[f"{name}_stderr"] = (sum((x - mean) ** 2 for x in metrics[name]) / max(n - 1, 1) / n) ** 0.5
     total = sum(metrics.get("log_likelihood", ()))
     if task.kind == "word":
-        out["perplexity"] = exp(-total / n)                 # of a word, not of a token
+        out["perplexity"] = exp(-total / n)                      # of a word, not of a token
     if task.kind == "text":
         out |= {f"{unit}_perplexity": exp(-total / sum(metrics[f"{unit}s"])) for unit in ("token", "word", "byte")}
     if task.bleu:
