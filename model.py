@@ -246,6 +246,7 @@ class Trace:
     keys: int                   # how many key positions each query was multiplied with
     logit_rows: int             # rows that went through the head
     kv: str                     # the policy's kv setting
+    more_macs: object = 0       # multiply-accumulates beside branches, gates and head, () int64: of methods in paper/
 
 
 class Model(nn.Module):

@@ -80,7 +80,7 @@ def macs_of(config, trace, dense=False):
     keep, sizes = torch.stack(trace.keep), dict(keys=trace.keys, logit_rows=trace.logit_rows)        # (2L, B, S)
     if dense:
         return count_macs(config, trace.valid.expand_as(keep), trace.valid, **sizes)
-    return count_macs(config, keep, trace.valid, **sizes, kv=trace.kv, gate=config.gate)
+    return count_macs(config, keep, trace.valid, **sizes, kv=trace.kv, gate=config.gate) + trace.more_macs
 
 
 class Savings:
