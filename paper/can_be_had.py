@@ -50,7 +50,7 @@ def main(argv=None):
     for file, repos in (("traces", TRACES.values()), ("fineweb", [FINEWEB]), ("wmt16", [WMT16])) * args.training_data:
         if not (args.data and (Path(args.data) / f"{file}.jsonl").exists()):
             for repo in repos:
-                wanted.setdefault(("dataset", "/".join(repo.split("/")[:2])), []).append(f"{file}.jsonl")
+                wanted.setdefault(("dataset", "/".join(repo.split("/")[:2]).split("@")[0]), []).append(f"{file}.jsonl")
     missing = 0
     for (kind, repo), needs in wanted.items():
         why = on_the_hub(repo, kind)

@@ -24,45 +24,45 @@ class Source:
     repo: str
     hub: dict
     files: dict
-    revision: str = "main"
-    columns: tuple = ()
+    revision: str               # a commit, on which other projects agree; main: its newest (the results name it)
+    columns: tuple
 
 
-def parquet(folder, *splits, revision="main"):
-    """{split: file} in the hub's usual layout, or in that of its own conversion."""
-    if revision == "refs/convert/parquet":
-        return {split: f"{folder}/{split}/0000.parquet" for split in splits}
+def parquet(folder, *splits):
+    """{split: file} in the hub's usual layout."""
     return {split: f"{folder}/{split}-00000-of-00001.parquet" for split in splits}
 
 
-CONVERTED = "refs/convert/parquet"                               # by the hub, of data sets that came with a script
 SOURCES = {
-    "mmlu": Source("cais/mmlu", {}, {}, columns=("question", "choices", "answer")),              # see source_of
-    "hellaswag": Source("Rowan/hellaswag", parquet("default", "train", "validation", revision=CONVERTED), {
+    "mmlu": Source("cais/mmlu", {}, {}, "c30699e8356da336a370243923dbaf21066bb9fe",
+                   ("question", "choices", "answer")),           # see source_of
+    "hellaswag": Source("Rowan/hellaswag", parquet("data", "train", "validation"), {
         "train": ("hellaswag_train.jsonl",), "validation": ("hellaswag_val.jsonl", "hellaswag_val_full.txt.bz2")},
-        CONVERTED, ("endings", "label")),
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76", ("endings", "label")),
     "commonsense_qa": Source("tau/commonsense_qa", parquet("data", "train", "validation"), {
         "train": ("train_rand_split.jsonl", "commonsenseqa_train.jsonl"),
         "validation": ("dev_rand_split.jsonl", "commonsenseqa_dev.jsonl")},
-        columns=("question", "choices", "answerKey")),
+        "94630fe30dad47192a8546eb75f094926d47e155", ("question", "choices", "answerKey")),
     "piqa": Source("baber/piqa", {s: f"piqa_{s}.parquet" for s in ("train", "validation")}, {
         "train": ("piqa_train.jsonl", "train.jsonl"), "validation": ("piqa_valid.jsonl", "valid.jsonl")},
-        columns=("goal", "sol1", "sol2", "label")),
+        "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", ("goal", "sol1", "sol2", "label")),
     "openbookqa": Source("allenai/openbookqa", parquet("main", "train", "validation", "test"), {
         "train": ("openbookqa_train.tsv", "train.tsv"), "validation": ("openbookqa_dev.tsv", "dev.tsv"),
-        "test": ("openbookqa_test.tsv", "test.tsv")}, columns=("question_stem", "choices", "answerKey")),
-    "winogrande": Source("allenai/winogrande", parquet("winogrande_xl", "train", "validation", revision=CONVERTED), {
-        "train": ("train_xl.jsonl",), "validation": ("dev.jsonl",)}, CONVERTED,
-        ("sentence", "option1", "option2", "answer")),
+        "test": ("openbookqa_test.tsv", "test.tsv")},
+        "388097ea7776314e93a529163e0fea805b8a6454", ("question_stem", "choices", "answerKey")),
+    "winogrande": Source("allenai/winogrande", parquet("winogrande_xl", "train", "validation"), {
+        "train": ("train_xl.jsonl",), "validation": ("dev.jsonl",)},
+        "01e74176c63542e6b0bcb004dcdea22d94fb67b5", ("sentence", "option1", "option2", "answer")),
     "lambada": Source("EleutherAI/lambada_openai", {"test": "data/lambada_test.jsonl"}, {
-        "test": ("lambada_test.jsonl",)}, columns=("text",)),
-    "wikitext": Source("EleutherAI/wikitext_document_level", parquet(
-        "wikitext-2-raw-v1", "validation", "test"), {"validation": ("wikitext2_valid.txt", "wiki.valid.tokens"),
-                                                     "test": ("wikitext2_test.txt", "wiki.test.tokens")},
-        columns=("text",)),
+        "test": ("lambada_test.jsonl",)}, "900124bf3b8235c6daf21033af9948b3f07346c4", ("text",)),
+    "wikitext": Source("EleutherAI/wikitext_document_level", {
+        s: f"wikitext-2-raw-v1/wikitext-2-raw-v1-{s}.parquet" for s in ("validation", "test")}, {
+        "validation": ("wikitext2_valid.txt", "wiki.valid.tokens"), "test": ("wikitext2_test.txt", "wiki.test.tokens")},
+        "647234772b9554e208af6c826f23b99e3cac88c8", ("text",)),
     "gsm8k": Source("openai/gsm8k", parquet("main", "train", "test"), {
-        "train": ("train.jsonl",), "test": ("test.jsonl",)}, columns=("question", "answer")),
-    "wmt16": Source("wmt/wmt16", parquet("ro-en", "train", "validation", "test"), {}, columns=("translation",)),
+        "train": ("train.jsonl",), "test": ("test.jsonl",)},
+        "740312add88f781978c0658806c59bc2815b9866", ("question", "answer")),
+    "wmt16": Source("wmt/wmt16", parquet("ro-en", "train", "validation", "test"), {}, "main", ("translation",)),
 }
 
 
@@ -73,7 +73,7 @@ def source_of(name):
     part, whole = name[5:], SOURCES["mmlu"]
     return Source(whole.repo, parquet(part, "dev", "validation", "test"), {
         split: (f"{split}/{part}_{split}.csv", f"{part}_{split}.csv") for split in ("dev", "test")},
-        columns=whole.columns)
+        whole.revision, whole.columns)
 
 
 def wrong_with(row):

@@ -27,7 +27,7 @@ from problems import Example
 from read_data import read_examples
 
 TRACES = {"gsm8k": "multi-domain-reasoning/gsm8k", "commonsense_qa": "multi-domain-reasoning/commonsense_qa"}
-FINEWEB = "HuggingFaceFW/fineweb/sample/10BT"
+FINEWEB = "HuggingFaceFW/fineweb@9bb295ddab0e05d785b879661af7260fed5140fc/sample/10BT"      # its version 1.4.0
 WMT16 = "wmt/wmt16/ro-en"
 
 

@@ -2,6 +2,7 @@
 import bz2
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -238,8 +239,11 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
     assert "baber/piqa cannot be had (no network)" in complaint(rows, "piqa", "validation", tmp_path)
-    assert asked == [("baber/piqa", "piqa_validation.parquet", {"repo_type": "dataset", "revision": "main"})]
+    assert asked == [("baber/piqa", "piqa_validation.parquet", {
+        "repo_type": "dataset", "revision": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"})]
     assert "has no split called dev" in complaint(rows, "piqa", "dev", tmp_path)
+    loose = [name for name, source in task_rows.SOURCES.items() if not re.fullmatch("[0-9a-f]{40}", source.revision)]
+    assert loose == ["wmt16"]                                    # whose commit is recorded, as all are
     write(tmp_path / "piqa_valid.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y"}\n' * 2)
     write(tmp_path / "piqa_valid-labels.lst", "1\n")
     assert "2 rows and 1 labels" in complaint(rows, "piqa", "validation", tmp_path)

@@ -79,8 +79,8 @@ def shards(tmp_path):
     import pyarrow
     from pyarrow import parquet
     found, page = {}, lambda *texts: [{"text": text, "url": "u"} for text in texts]
-    for name, rows in (("HuggingFaceFW/fineweb/sample/10BT/000", page("aaaa", "b", "cccc")),
-                       ("HuggingFaceFW/fineweb/sample/10BT/001", page("dddd", "e", "ffff")),
+    for name, rows in ((f"{training_data.FINEWEB}/000", page("aaaa", "b", "cccc")),
+                       (f"{training_data.FINEWEB}/001", page("dddd", "e", "ffff")),
                        ("wmt/wmt16/ro-en/train-0", [{"translation": {"en": f"e{i}", "ro": f"r{i}"}}
                                                     for i in range(3)])):
         path = tmp_path / f"{len(found)}.parquet"
