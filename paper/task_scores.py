@@ -57,7 +57,7 @@ def asked_of(model, tokenizer, task, docs, args):
                 raise InputError(f"{task.rows}, question {number}: {len(found[-1])} tokens and --max-new-tokens "
                                  f"{args.max_new_tokens} exceed the model's {most} positions: lower it, or --limit")
         elif task.kind == "text":
-            found.append(windows(encode(tokenizer, doc.size, front=False), before, most))
+            found.append(windows(encode(tokenizer, doc.pairs[0][1], front=False), before, most))
         else:
             pairs = [encode_pair(tokenizer, *pair, bos=bos)[:2] for pair in doc.pairs]
             if max(len(rest) for _, rest in pairs) > most:

@@ -119,6 +119,17 @@ def test_groups():
     assert set(GROUPS["mmlu_stem"]) < set(GROUPS["mmlu"]) and all(name in TASKS for name in expand(list(GROUPS)))
 
 
+def test_wikitext_is_scored_as_prose():
+    """Marks whose blanks overlap missed ("Jr . ,"), replacements in another order, words counted in the changed text.
+    Expected is what lm_eval 0.4.13 makes of it; so it does of 122 real articles (NOTES.md)."""
+    row = {"text": " = A = = B = \n Tim , Jr . , was 1 @,@ 000 ( or 5 @-@ 6 @.@ 5 ) ; he said \" no ! \" at 4 ° C or N "
+                   "times \n the dogs ' bone 's"}
+    doc = TASKS["wikitext"].doc(row)
+    assert doc.pairs == (("", " = A == B =\nTim, Jr., was 1,000 (or 5-6.5); he said \"no!\" at 4°C or 1 times\n"
+                              "the dogs'bone's"),)
+    assert doc.size == row["text"]
+
+
 # Files.
 
 def write(path, text):
