@@ -155,12 +155,12 @@ def curve(points):
     return [v if v is None else 100 * v for v in interpolate([(100 * x, y) for x, y in points], TARGETS)]
 
 
-def table(runs, key):
-    """Markdown lines: accuracy (%, mean ± sample deviation over seeds) of each row where exactly so much of `key` was
-    saved, "skipped" (beside it the net MACs saved there) or "macs_saved"."""
+def table(runs, key, names):
+    """Markdown lines: accuracy (%, mean ± sample deviation over seeds) of each named row where exactly so much of `key`
+    was saved, "skipped" (beside it the net MACs saved there) or "macs_saved"."""
     what = {"skipped": "(token, branch) pairs skipped", "macs_saved": "MACs saved, gates paid"}[key]
     lines = [f"| {what} | seeds | " + " | ".join(f"{t}%" for t in TARGETS) + " |", "|---" * (len(TARGETS) + 2) + "|"]
-    for name in dict.fromkeys(row for model in models().values() for row in model.views):
+    for name in names:
         seeds = [[row for row in r["rows"] if row["row"] == name] for r in runs]
         seeds = [found for found in seeds if found]
         if not seeds:
@@ -197,7 +197,8 @@ def main(argv=None):
     if not (runs := study.entries(FILE)):
         raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %\n")
-    print("\n".join([*table(runs, "skipped"), "", *table(runs, "macs_saved")]))
+    rows = list(dict.fromkeys(row for model in known.values() for row in model.views))
+    print("\n".join([*table(runs, "skipped", rows), "", *table(runs, "macs_saved", rows)]))
 
 
 if __name__ == "__main__":

@@ -172,5 +172,10 @@ def sweep(folder, views, seed):
             known = next((r for r in rows if budget == 1.0 and r["budget"] == 1.0), None)
             row = known or run_row(view, model, tokenizer, problems, policy, budget, args)
             rows.append({**row, "view": view})
-    return [{"view": r["view"], **{key: round(r[key], 5) for key in KEPT},
-             "answer": {key: round(r["answer"][key], 5) for key in OF_ANSWERS}} for r in rows]
+    return [{"view": r["view"], **rounded(r)} for r in rows]
+
+
+def rounded(row):
+    """What is kept of a row of eval_gsm8k.py."""
+    return {**{key: round(row[key], 5) for key in KEPT},
+            "answer": {key: round(row["answer"][key], 5) for key in OF_ANSWERS}}

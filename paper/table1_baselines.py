@@ -1,0 +1,182 @@
+"""Table 1: GateSkip beside every method that the paper compares with, on the embedded model, over seeds.
+
+    python paper/table1_baselines.py --jobs 2                    # all that paper/results/table1.json lacks yet
+    python paper/table1_baselines.py --rows CALM SkipLayer --seeds 1
+    python paper/table1_baselines.py --from-results              # the table again, without training
+
+Every row is trained by train.py's own loop from the same model, for as many steps on the same data, and measured by the
+answers it generates; each method's own work (its routers, its softmax tests) is paid. GateSkip, dense and random are
+those of table5_ablations.py. Stopped, it goes on with the same command.
+"""
+import contextlib
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, run
+from flags import Parser, seed_number, whole
+
+import torch
+
+import calm
+import free
+import layerskip
+import mindskip
+import mixture_of_depths
+import skiplayer
+import study
+import table5_ablations
+import testbed
+from data import encode_all, load_examples
+from eval_gsm8k import run_row
+from gates import SkipPolicy
+from load_weights import load_model, load_tokenizer, read_json
+
+FILE, OF_TABLE_5 = "table1.json", ("dense, random", "paper", "ours")
+SAVINGS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)                  # asked for; the table is read at what they came to
+FALLING = "--budget-end 0.6"                                     # of routers, as of gates in the paper's row of Table 5
+FROZEN = "--lr 1e-2 --sparsity-weight 0.1"                       # a thousandth moves no router in so few steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows: how a method is trained, and how it is brought to save a given share
+# ---------------------------------------------------------------------------------------------------------------------
+
+def by_threshold(opened, thresholds, folder, items):
+    """Early exits: {saving: (model, policy)}, the model's threshold set as its turn comes."""
+    model = opened(folder)
+    top = 1 - model.shallow / model.config.num_hidden_layers if isinstance(model, free.Free) else 1.0
+    for saving, tau in thresholds(model, items, [s for s in SAVINGS if s <= top]).items():
+        if tau is not None:                                      # else out of this method's reach
+            model.threshold = tau
+            yield saving, model, SkipPolicy()
+
+
+def by_exit(folder, items):
+    """LayerSkip: all tokens leave after block E, for each E."""
+    for saving, model in layerskip.exits(load_model(folder).eval()).items():
+        yield saving, model, SkipPolicy()
+
+
+def by_policy(opened, policies, folder, items):
+    """Routers: frozen thresholds."""
+    model = opened(folder).eval()
+    for budget, policy in policies(model, items, [1.0 - s for s in SAVINGS]).items():
+        yield 1.0 - budget, model, policy
+
+
+@dataclass
+class Method:
+    flags: str                                                   # of train.py
+    training: Callable                                           # () -> a context for it
+    views: dict                                                  # row -> (folder, items) -> saving, model, policy
+
+
+MODS = by_policy, mixture_of_depths.open_model, mixture_of_depths.policies
+METHODS = {
+    "CALM": Method(calm.FLAGS, calm.train_context, {f"CALM, {name}": partial(
+        by_threshold, partial(calm.open_calm, confidence=name), calm.thresholds) for name in calm.CONFIDENCES}),
+    "FREE": Method("--gate none", free.training, {f"FREE, {name}": partial(
+        by_threshold, partial(free.open_free, confidence=name), free.thresholds) for name in free.CONFIDENCES}),
+    "LayerSkip": Method("--gate none", layerskip.recipe, {"LayerSkip": by_exit}),
+    "Mixture-of-Depths": Method(f"{mixture_of_depths.FLAGS} {FALLING}", mixture_of_depths.training,
+                                {"Mixture-of-Depths": partial(*MODS)}),
+    "Mixture-of-Depths, by its router": Method(
+        f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, substitute="router"),
+        {"Mixture-of-Depths, by its router": partial(*MODS)}),
+    "Mixture-of-Depths, routers alone": Method(
+        f"{mindskip.TOKEN_FLAGS} {FROZEN} {FALLING}", mixture_of_depths.training,
+        {"Mixture-of-Depths, routers alone": partial(*MODS)}),
+    "MindSkip": Method(f"{mindskip.FLAGS} {FROZEN}", mindskip.training,
+                       {"MindSkip": partial(by_policy, mindskip.open_model, mindskip.policies)}),
+    "SkipLayer": Method(f"{skiplayer.FLAGS} {FALLING}", skiplayer.training,
+                        {"SkipLayer": partial(by_policy, skiplayer.open_model, skiplayer.policies)}),
+}
+AS_PUBLISHED = {                                                 # the one-line deviations of the authors' code
+    "CALM, as their code": Method(calm.FLAGS, partial(calm.train_context, True), {
+        f"CALM, {name}, as their code": partial(by_threshold, partial(
+            calm.open_calm, confidence=name, as_published_code=True), calm.thresholds) for name in calm.CONFIDENCES}),
+    "Mixture-of-Depths, as their code": Method(
+        f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
+        {"Mixture-of-Depths, as their code": partial(*MODS)}),
+    "SkipLayer, as their code": Method(
+        f"{skiplayer.FLAGS} {FALLING}", partial(skiplayer.training, as_published_code=True),
+        {"SkipLayer, as their code": partial(by_policy, skiplayer.open_model, skiplayer.policies)}),
+}
+EVERY = METHODS | AS_PUBLISHED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and measuring, one method and seed at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+def sweep(method, folder, seed):
+    """Rows of {"row", *testbed.KEPT, "answer": {...}}: exact answers that the model generates at each saving."""
+    tokenizer, rows = load_tokenizer(folder), []
+    held, _ = encode_all(load_examples("arithmetic", "calibration", testbed.CALIBRATION, seed), tokenizer,
+                         read_json(testbed.START / "config.json")["eos_token_id"], 96)
+    problems = load_examples("arithmetic", "test", testbed.PROBLEMS)
+    args = SimpleNamespace(batch_size=testbed.PROBLEMS, max_new_tokens=48)
+    for name, view in method.views.items():
+        for saving, model, policy in view(folder, held):
+            row = run_row(name, model, tokenizer, problems, policy, 1.0 - saving, args)
+            rows.append({"row": name, **testbed.rounded(row)})
+    return rows
+
+
+def one(name, seed, threads):
+    """Train and measure: an entry of the results."""
+    torch.set_num_threads(threads)
+    started, method, folder = time.perf_counter(), EVERY[name], table5_ablations.folder_of(name, seed)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
+        testbed.trained([method.flags.split()], seed, folder, tried=method.training)
+        trained = time.perf_counter() - started
+        rows = sweep(method, folder, seed)
+    shutil.rmtree(folder)
+    return {"model": name, "seed": seed, "flags": method.flags, "date": str(date.today()), "commit": study.commit(),
+            "seconds": [round(trained), round(time.perf_counter() - started - trained)],
+            "testbed": [testbed.STEPS, testbed.PROBLEMS], "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv):
+    p = Parser("GateSkip beside every method that the paper compares with, on the embedded model, over seeds.")
+    p.add_argument("--rows", nargs="+", choices=EVERY, metavar="METHOD",
+                   help="of: " + "; ".join(EVERY) + " (default: all but the last three)")
+    p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of each method")
+    p.add_argument("--as-published-code", action="store_true", help="also the last three, which differ from the "
+                   "methods in the line that the GateSkip authors' code does")
+    p.add_argument("--jobs", type=whole(1), default=1, help="methods at a time; they share torch's threads")
+    p.add_argument("--from-results", action="store_true", help="print the table of what is there, train nothing")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = args.rows or [*METHODS, *(AS_PUBLISHED if args.as_published_code else ())]
+    if not args.from_results:
+        study.study(FILE, [[(name, seed) for name in names for seed in args.seeds]], one, args.jobs)
+    found = study.entries(FILE)
+    if not found:
+        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+    runs = study.entries(table5_ablations.FILE) + found
+    rows = [*OF_TABLE_5, *(row for method in EVERY.values() for row in method.views)]
+    print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %; -: not reached\n")
+    print("\n".join([*table5_ablations.table(runs, "skipped", rows), "",
+                      *table5_ablations.table(runs, "macs_saved", rows)]))
+
+
+if __name__ == "__main__":
+    run(main, interrupted="the table stands as it is; the same command goes on with it")
