@@ -4,7 +4,7 @@
     python paper/frontier.py --from-results                      # table and picture again, without training
 
 Gated models and random skipping are those of table5_ablations.py. Smaller models: the tuned one without the blocks that
-turn the hidden states least (remove_blocks.py), tuned again; and models of fewer layers or less width, trained from
+turn the hidden states least (shortgpt.py), tuned again; and models of fewer layers or less width, trained from
 scratch as the embedded one was, on as many problems, and then tuned as the dense one is.
 """
 import contextlib
@@ -22,7 +22,7 @@ from flags import Parser, seed_number, whole
 
 import torch
 
-import remove_blocks
+import shortgpt
 import study
 import table5_ablations
 import testbed
@@ -70,7 +70,7 @@ def start_of(name, size, seed, folder):
         tuned = table5_ablations.folder_of(table5_ablations.TUNED, seed)
         if not testbed.finished(tuned):
             testbed.trained(["--gate none".split()], seed, tuned)
-        remove_blocks.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
+        shortgpt.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
                             "--out", str(folder)])
         return
     shape = folder.with_name(f"{folder.name}-shape")

@@ -1,10 +1,9 @@
-"""Tests of paper/remove_blocks.py and paper/answer_loss.py (with opened.py and curves.py)."""
+"""Tests of paper/answer_loss.py (with opened.py and curves.py)."""
 import json
 import math
 import re
 import sys
 
-import numpy
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -12,7 +11,6 @@ from matplotlib.figure import Figure
 from conftest import build, complaint
 from data import batch_at, encode_all, load_examples
 from gates import GateConfig
-from generate import generate
 from load_weights import load_model, load_tokenizer, read_json, save_model
 from problems import arithmetic
 from thresholds import calibrate
@@ -20,12 +18,11 @@ from toy_runs import ROOT, SCHEDULES, Killed, folder, kill, run, toy, words
 
 sys.path.insert(0, str(ROOT / "paper"))
 import answer_loss
-import remove_blocks
+import quantize
+import shortgpt
 from curves import curves, lines_at, plot
 from opened import dense_macs, open_with_items
 
-GEMMA = dict(architectures=["Gemma2ForCausalLM"], model_type="gemma2", hidden_act=None, query_pre_attn_scalar=8,
-             sliding_window=4)
 BLOCK = 32 * (2 * 32 + 2 * 16) + 3 * 32 * 48                     # multiply-accumulates of a toy's block for one token
 
 
@@ -49,10 +46,6 @@ def models(tmp_path_factory):
             "small": saved(base / "small", num_hidden_layers=2)}
 
 
-def remove(**flags):
-    return remove_blocks.main(words(**dict(data="arithmetic", limit=6, blocks=1, seq_len=160, device="cpu") | flags))
-
-
 def measure(out, *switches, **flags):
     """Run answer_loss.py; the rows of its file."""
     flags = dict(data="arithmetic", limit=6, seq_len=160, device="cpu", out=out) | flags
@@ -60,81 +53,6 @@ def measure(out, *switches, **flags):
     assert answer_loss.main(words(*map(str, switches), **flags)) == 0
     return json.loads(out.read_text())["rows"]
 
-
-def by_hand(model, ids, kept):
-    """Logits (1, S, V) of a model of which only these blocks run."""
-    h, call = model.begin(torch.tensor([ids]))
-    below, cap = None, model.config.final_softcap
-    for layer in kept:
-        h, below, _, _ = model.model["layers"][layer](h, below, (None, None), call)
-    logits = model.lm_head(model.model["norm"](h))
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-# remove_blocks.py
-
-@torch.no_grad()
-def test_influence_by_a_plain_loop(models):
-    """Padding that counts, a mean of sequences in place of tokens, states of the wrong side of a block, or the last
-    block's after the final norm."""
-    model, items = load_model(models["dense"], dtype=torch.float64), items_of(models["dense"], 5)
-    found, cosines = remove_blocks.block_influence(model, items), [[] for _ in range(4)]
-
-    def record(block, args, out):
-        for x, y in zip(args[0][0].numpy(), out[0][0].numpy(), strict=True):
-            cosines[block.layer].append((x @ y) / (numpy.linalg.norm(x) * numpy.linalg.norm(y)))
-    for block in model.model["layers"]:
-        block.register_forward_hook(record)
-    for ids, _ in items:                                         # each alone, and not padded
-        model(torch.tensor([ids]))
-    assert found == pytest.approx([1 - sum(c) / len(c) for c in cosines], abs=1e-10)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("changes, kept", [({}, [0, 3]), (GEMMA, [0, 2, 3]), (GEMMA, [1, 2])])
-def test_what_is_left_runs_the_kept_blocks(tmp_path, changes, kept):
-    """Blocks in another order, weights of a removed one, a window that moves to the block below, a decoder whose cache
-    still counts the old layers."""
-    model, (ids, _) = load_model(saved(tmp_path / "all", **changes)), items_of(tmp_path / "all", 1)[0]
-    expected = by_hand(model, ids, kept)
-    remove_blocks.save_without(model, load_tokenizer(tmp_path / "all"), set(range(4)) - set(kept), tmp_path / "less")
-    less = load_model(tmp_path / "less")
-    torch.testing.assert_close(less(torch.tensor([ids]))[0], expected, atol=1e-5, rtol=1e-5)
-    first, second = generate(less, [ids], 2).tokens[0]
-    assert first == expected[0, -1].argmax() and generate(less, [ids + [first]], 1).tokens[0] == [second]
-
-
-@torch.no_grad()
-def test_an_identity_goes_first_and_nothing_changes(tmp_path, capsys):
-    """The most influential block removed, a table that marks another than the one that went, a share without the head,
-    other entries of config.json that change."""
-    model, ids = load_model(saved(tmp_path / "all")), torch.arange(50)[None]
-    for branch in (model.model["layers"][2].self_attn.o_proj, model.model["layers"][2].mlp.down_proj):
-        branch.weight.zero_()
-    save_model(model, tmp_path / "all", load_tokenizer(tmp_path / "all"))
-    assert remove(model=tmp_path / "all", out=tmp_path / "new") == 0
-    rows = re.findall(r"^ *(\d) +-?(\d\.\d{4})(.*)$", printed := capsys.readouterr().out, re.M)
-    assert len(rows) == 4 and [row for row in rows if row[2]] == [("2", "0.0000", "   removed")]
-    assert f"1 of 4 blocks removed: {BLOCK / (4 * BLOCK + 32 * model.config.vocab_size):.1%} of a token's" in printed
-    torch.testing.assert_close(load_model(tmp_path / "new")(ids)[0], model(ids)[0], atol=1e-5, rtol=1e-5)
-    assert read_json(tmp_path / "new/config.json") == read_json(tmp_path / "all/config.json") | {"num_hidden_layers": 3}
-
-
-def test_what_cannot_be_removed_is_refused(models, tmp_path, monkeypatch):
-    """A traceback, a model without blocks, gates of removed blocks, a folder that is written over, a link that leads
-    nowhere found after the work."""
-    for why, flags in {"--blocks 4 of 4 leaves none: remove at most 3": dict(blocks=4),
-                       "--blocks: '0' must be a whole number of at least 1": dict(blocks=0),
-                       f"--out {tmp_path} exists: give the name of a new folder": dict(out=tmp_path),
-                       f"--model {models['gated']} has gates: give the dense": dict(model=models["gated"])}.items():
-        assert complaint(remove, **dict(model=models["dense"], out=tmp_path / "new") | flags).startswith(why)
-        assert not list(tmp_path.iterdir())
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    monkeypatch.setattr(remove_blocks, "load_examples", None)
-    assert "link exists: give" in complaint(remove, model=models["dense"], out=tmp_path / "link")
-
-
-# answer_loss.py
 
 @pytest.mark.parametrize("schedule", ["uniform", "global"])
 def test_rows_are_those_of_the_table_after_training(folder, tmp_path, capsys, schedule):
@@ -280,6 +198,6 @@ def test_curves_what_lies_between_and_the_picture(tmp_path, monkeypatch):
 def test_the_commands_of_the_readme_parse():
     """A flag that is not there, or no longer."""
     readme = re.sub("--plot \\S+", "", (ROOT / "paper" / "README.md").read_text())       # its folder is not there
-    for script in (remove_blocks, answer_loss):
+    for script in (shortgpt, quantize, answer_loss):
         commands = re.findall(rf"^python paper/{script.__name__}\.py (.*)$", readme, re.M)
         assert commands and all(script.parse_args(flags.split()) for flags in commands)

@@ -1,10 +1,17 @@
-"""ShortGPT (Men et al. 2024, arXiv 2403.03853): remove the blocks that turn the hidden states least.
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853; Table 9): remove the blocks that turn the hidden states least.
 
-    python paper/remove_blocks.py --model runs/dense --data train.jsonl --blocks 3 --out runs/dense-3
+    python paper/shortgpt.py --model runs/dense --data train.jsonl --blocks 3 --out runs/dense-3
+    python paper/shortgpt.py --model runs/gated --data train.jsonl --blocks 3 --out runs/gated-3
 
 The influence of a block is 1 - E_t[cos(x_t, y_t)], between what goes in (x_t) and what comes out (y_t; of the last
 block too before the final norm), over all tokens of the examples. The n blocks of the lowest influence are removed at
-once, without training, and what is left is saved as a Hugging Face folder like any other.
+once, without training, and what is left is saved as a Hugging Face folder like any other. Influence is that of the
+model that is to be used: with its gates, where it has some, at full budget. A block takes its own gates along; shared
+gates stay; frozen thresholds are measured anew.
+
+The authors of ShortGPT rank on PG19 and remove a quarter (the list is in their README, github.com/icip-cas/ShortGPT).
+Those of GateSkip measured on 512 tokens, padding included, and the last block after the final norm, which makes it look
+important: here it can go like any other. What their table calls saved compute comes on top of the blocks removed.
 
 Shapes: B batch, S sequence, H hidden, L layers.
 """
@@ -21,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import collate, load_examples
+from data import collate, encode_all, load_examples
 from disk import check_writable
 from load_weights import save_model
 from opened import open_with_items
+from recalibrate import recalibrate
 from savings import count_macs
 from thresholds import chunks
 
@@ -46,33 +54,43 @@ def block_influence(model, items):
     return (1 - cosines / tokens).tolist()
 
 
-def save_without(model, tokenizer, removed, out):
-    """Take blocks (their numbers) out of a model and save it; those above move down. Load the folder to use it.
+def remove(model, removed):
+    """Take blocks (their numbers) out of a model, in place, with the gates that they own; those above move down.
 
     Gemma 2 alternates between windows and full attention: each block that stays keeps its own, written as layer_types.
-    No other entry of config.json that is read here is per layer.
+    No other entry of config.json that is read here is per layer, but the thresholds: see recalibrate.py.
     """
     config, blocks = model.config, model.model["layers"]
     kept = [layer for layer in range(len(blocks)) if layer not in removed]
     model.model["layers"] = nn.ModuleList(blocks[layer] for layer in kept)       # their names count anew
-    model.raw_config["num_hidden_layers"] = len(kept)
+    for layer, block in enumerate(model.model["layers"]):                        # and so do branches and cache
+        block.layer = block.self_attn.layer = layer
+    config.num_hidden_layers = model.raw_config["num_hidden_layers"] = len(kept)
     if config.gemma:
-        model.raw_config["layer_types"] = ["full_attention" if config.windows[layer] is None else "sliding_attention"
-                                           for layer in kept]
-    save_model(model, out, tokenizer)
+        config.windows = [config.windows[layer] for layer in kept]
+        model.raw_config["layer_types"] = ["full_attention" if window is None else "sliding_attention"
+                                           for window in config.windows]
+
+
+def of_original(skipped, blocks, layers):
+    """The share of the original branches that do not run where `skipped` of those left do not, `blocks` of `layers`
+    removed: 1 - (1 - s)(1 - k / L). Of work as of (token, branch) pairs: blocks cost the same."""
+    return 1 - (1 - skipped) * (1 - blocks / layers)
 
 
 def macs_of_a_token(config, layers):
-    """MACs of this model with so many layers: one token, head included, in a context so short that keys cost none."""
+    """MACs of this model with so many layers, one token, head and gates included, in a context so short that keys cost
+    none."""
     token = torch.ones(1, 1, dtype=torch.bool)                                   # (B, S)
-    return count_macs(config, token.expand(2 * layers, 1, 1), token, keys=0, logit_rows=1).item()
+    return count_macs(config, token.expand(2 * layers, 1, 1), token, keys=0, logit_rows=1, gate=config.gate).item()
 
 
 def parse_args(argv):
-    p = Parser("Remove the blocks of the lowest influence from a dense model.")
+    p = Parser("Remove the blocks of the lowest influence from a model, with or without gates.")
     add = p.add_argument
-    add("--model", required=True, help="folder, a run's --out, or hub id; without gates")
-    add("--data", required=True, help="what influence is measured on: arithmetic, or a .jsonl, .parquet or .txt file")
+    add("--model", required=True, help="folder, a run's --out, or hub id")
+    add("--data", required=True, help="what influence is measured on, and thresholds: arithmetic (thresholds on its "
+        "calibration problems), or a .jsonl, .parquet or .txt file")
     add("--limit", type=whole(0), default=64, help="the first N examples of it; 0: all")
     add("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
     add("--blocks", type=whole(1), required=True, metavar="N", help="how many to remove")
@@ -89,9 +107,7 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     examples = load_examples(args.data, "train", args.limit or None)
     model, tokenizer, items, _ = open_with_items(args.model, examples, args.limit, args.seq_len, device, dtype)
-    layers = model.config.num_hidden_layers
-    if model.config.gate is not None:
-        raise InputError(f"--model {args.model} has gates: give the dense model, and train gates on what is left")
+    config, layers = model.config, model.config.num_hidden_layers
     if args.blocks >= layers:
         raise InputError(f"--blocks {args.blocks} of {layers} leaves none: remove at most {layers - 1}")
     influence = block_influence(model, items)
@@ -100,10 +116,20 @@ def main(argv=None):
     print("block   influence")
     for layer, value in enumerate(influence):
         print(f"{layer:5}   {value:9.4f}" + "   removed" * (layer in removed))
-    saved = 1 - macs_of_a_token(model.config, layers - args.blocks) / macs_of_a_token(model.config, layers)
-    save_without(model, tokenizer, removed, args.out)
+    saved = 1 - macs_of_a_token(config, layers - args.blocks) / macs_of_a_token(config, layers)
+    remove(model, removed)
     print(f"\n{args.blocks} of {layers} blocks removed: {saved:.1%} of a token's multiply-accumulates saved, head "
-          f"included, short context\nwritten: {args.out}")
+          "included, short context")
+    if "thresholds" in config.gateskip:
+        if args.data == "arithmetic":                            # held out: neither trained nor ranked on
+            items, _ = encode_all(load_examples("arithmetic", "calibration", args.limit or None), tokenizer,
+                                  config.eos_ids[0], args.seq_len)
+        recalibrate(model, items)
+        for budget, skipped in config.gateskip["realised"].items():
+            print(f"budget {budget}: skips {skipped:.1%} of what is left, and so "
+                  f"{of_original(skipped, args.blocks, layers):.1%} of what was there does not run")
+    save_model(model, args.out, tokenizer)
+    print(f"written: {args.out}")
     return 0
 
 
