@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +20,6 @@ from toy_runs import ROOT, folder, metrics, run, toy
 
 sys.path.insert(0, str(ROOT / "paper"))
 import free
-import free_queue
 from early_exit import early
 from free import Free, alignment, distillation, open_free, thresholds
 from free_queue import Adaptive, Stream, decode
@@ -230,7 +228,8 @@ def test_loss_weighs_by_depth():
 @both
 def test_thresholds_are_quantiles(confidence):
     """The lower quantile in place of the upper, padding among the confidences, a share that is no saving."""
-    model, items = model_of(confidence), items_of(row[:n] for row, n in zip(tokens(20, 12, 3).tolist(), [5, *[12] * 18, 2]))
+    model, lengths = model_of(confidence), [5, *[12] * 18, 2]
+    items = items_of(row[:n] for row, n in zip(tokens(20, 12, 3).tolist(), lengths))
     found, shares = thresholds(model, items, [0.0, 0.1, 0.25, 0.4, 0.5]), []
     for saving, model.threshold in found.items():
         traces = [model(torch.tensor([ids]))[1] for ids, _ in items]
@@ -249,8 +248,6 @@ def test_a_mixture_of_betas_by_moments():
     assert a.threshold() == 0.9
     a.found = {True: rng.beta(6, 2, 200).tolist() + [1.0, 0.0], False: [0.4]}
     assert a.threshold() == 0.9                                  # one is no distribution
-    a.found[False] = rng.beta(2, 3, 90).tolist()
-
     def density(values, x):
         c = np.clip(values, 1e-4, 1 - 1e-4)
         m, v = c.mean(), c.var()
@@ -258,8 +255,11 @@ def test_a_mixture_of_betas_by_moments():
         q = p * (1 - m) / m
         return exp(lgamma(p + q) - lgamma(p) - lgamma(q) + (p - 1) * log(x) + (q - 1) * log(1 - x))
     posterior = lambda x: (right := density(a.found[True], x)) / (right + density(a.found[False], x))
-    lam = a.threshold()
-    assert 0.3 < lam < 0.9 and posterior(lam) >= 0.4 > posterior(lam - 0.01)
+    for n in (3, 4, 5, 200):
+        a.found[False] = rng.beta(2, 3, n).tolist()
+        lam = a.threshold()
+        assert 0.3 < lam < 0.9 and posterior(lam) >= 0.4 > posterior(lam - 0.01)
+        a.found[True] = rng.beta(6, 2, n).tolist()
     a.found = {True: [0.2, 0.25, 0.3], False: [0.7, 0.8, 0.9]}   # confidence that is wrong from the smallest on
     assert a.threshold() == 0.3 and posterior(0.3) >= 0.4
     a.found = {True: [0.1, 0.11, 0.12], False: [0.4, 0.6, 0.8]}
