@@ -50,11 +50,14 @@ FROZEN = "--lr 1e-2 --sparsity-weight 0.1"                       # a thousandth 
 # The rows: how a method is trained, and how it is brought to save a given share
 # ---------------------------------------------------------------------------------------------------------------------
 
-def by_threshold(opened, thresholds, folder, items):
-    """Early exits: {saving: (model, policy)}, the model's threshold set as its turn comes."""
+def by_threshold(opened, thresholds, folder, items, as_published_code=False):
+    """Early exits: the model's threshold is set as its turn comes. as_published_code: at the thresholds that save so
+    much where who leaves really stops."""
     model = opened(folder)
     top = 1 - model.shallow / model.config.num_hidden_layers if isinstance(model, free.Free) else 1.0
-    for saving, tau in thresholds(model, items, [s for s in SAVINGS if s <= top]).items():
+    found = thresholds(model, items, [s for s in SAVINGS if s <= top])
+    model.as_published_code = as_published_code
+    for saving, tau in found.items():
         if tau is not None:                                      # else out of this method's reach
             model.threshold = tau
             yield saving, model, SkipPolicy()
@@ -102,8 +105,8 @@ METHODS = {
 }
 AS_PUBLISHED = {                                                 # the one-line deviations of the authors' code
     "CALM, as their code": Method(calm.FLAGS, partial(calm.train_context, True), {
-        f"CALM, {name}, as their code": partial(by_threshold, partial(
-            calm.open_calm, confidence=name, as_published_code=True), calm.thresholds) for name in calm.CONFIDENCES}),
+        f"CALM, {name}, as their code": partial(by_threshold, partial(calm.open_calm, confidence=name), calm.thresholds,
+                                                as_published_code=True) for name in calm.CONFIDENCES}),
     "Mixture-of-Depths, as their code": Method(
         f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
         {"Mixture-of-Depths, as their code": partial(*MODS)}),
@@ -119,7 +122,7 @@ EVERY = METHODS | AS_PUBLISHED
 # ---------------------------------------------------------------------------------------------------------------------
 
 def sweep(method, folder, seed):
-    """Rows of {"row", *testbed.KEPT, "answer": {...}}: exact answers that the model generates at each saving."""
+    """Rows of {"row", "asked", *testbed.KEPT, "answer": {...}}: exact answers that the model generates at each saving."""
     tokenizer, rows = load_tokenizer(folder), []
     held, _ = encode_all(load_examples("arithmetic", "calibration", testbed.CALIBRATION, seed), tokenizer,
                          read_json(testbed.START / "config.json")["eos_token_id"], 96)
@@ -128,7 +131,7 @@ def sweep(method, folder, seed):
     for name, view in method.views.items():
         for saving, model, policy in view(folder, held):
             row = run_row(name, model, tokenizer, problems, policy, 1.0 - saving, args)
-            rows.append({"row": name, **testbed.rounded(row)})
+            rows.append({"row": name, "asked": saving, **testbed.rounded(row)})
     return rows
 
 
