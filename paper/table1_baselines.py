@@ -41,7 +41,7 @@ from gates import SkipPolicy
 from load_weights import load_model, load_tokenizer, read_json
 
 FILE, OF_TABLE_5 = "table1.json", ("dense, random", "paper", "ours")
-SAVINGS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)                  # asked for; the table is read at what they came to
+SAVINGS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)             # asked for; the table is read at what came of it
 FALLING = "--budget-end 0.6"                                     # of routers, as of gates in the paper's row of Table 5
 FROZEN = "--lr 1e-2 --sparsity-weight 0.1"                       # a thousandth moves no router in so few steps
 
@@ -122,7 +122,7 @@ EVERY = METHODS | AS_PUBLISHED
 # ---------------------------------------------------------------------------------------------------------------------
 
 def sweep(method, folder, seed):
-    """Rows of {"row", "asked", *testbed.KEPT, "answer": {...}}: exact answers that the model generates at each saving."""
+    """Rows of {"row", "asked", *testbed.KEPT, "answer": {...}}: exact answers that the model generates."""
     tokenizer, rows = load_tokenizer(folder), []
     held, _ = encode_all(load_examples("arithmetic", "calibration", testbed.CALIBRATION, seed), tokenizer,
                          read_json(testbed.START / "config.json")["eos_token_id"], 96)
