@@ -89,7 +89,7 @@ class ExitAt(Model):
 def check_exit(config, exit):
     """InputError for an exit that is not there, and for a model with gates, which would not be asked."""
     if config.gate is not None or not 1 <= exit <= config.num_hidden_layers:
-        raise InputError(f"exit {exit}: 1 to {config.num_hidden_layers} are there, of a model without gates")
+        raise InputError(f"--exit {exit}: give 1 to {config.num_hidden_layers}, and a --model without gates")
 
 
 def exit_at(model, exit):

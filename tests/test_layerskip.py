@@ -282,9 +282,9 @@ def test_an_exit_is_evaluated_like_any_model(folder):
 def test_exits_that_are_not_there():
     """A wrong depth that is cut to one that exists, gates that nobody asks."""
     for exit in (0, 5):
-        assert f"exit {exit}: 1 to 4 are there" in complaint(exit_at, model_of(), exit)
-        assert f"exit {exit}: 1 to 4 are there" in complaint(self_speculate, model_of(), exit, 2, 2, (), [1])
-    assert "of a model without gates" in complaint(exit_at, build(llama(GateConfig("scalar"))), 2)
+        assert f"--exit {exit}: give 1 to 4," in complaint(exit_at, model_of(), exit)
+        assert f"--exit {exit}: give 1 to 4," in complaint(self_speculate, model_of(), exit, 2, 2, (), [1])
+    assert "a --model without gates" in complaint(exit_at, build(llama(GateConfig("scalar"))), 2)
 
 
 # Self-speculation.
@@ -432,9 +432,9 @@ def test_what_cannot_be_measured_is_refused(folder, tmp_path, monkeypatch):
     """Minutes before a depth that is not there, plain text, gates or a text without room."""
     monkeypatch.setattr(layerskip, "compare", None)
     refused = lambda **flags: complaint(command, **dict(model=folder) | flags)
-    assert "exit 3: 1 to 2 are there" in refused(exit=3)
+    assert "--exit 3: give 1 to 2," in refused(exit=3)
     assert "is plain text" in refused(data=ROOT / "requirements.txt")
     assert "the longest prompt of --data leaves the model room for" in refused(new_tokens=600)
     model, tokenizer = toy(tmp_path / "gated", GateConfig("scalar"))
     save_model(model, tmp_path / "gated", tokenizer)
-    assert "of a model without gates" in refused(model=tmp_path / "gated")
+    assert "a --model without gates" in refused(model=tmp_path / "gated")
