@@ -59,7 +59,7 @@ def test_curves_keep_seeds_apart(small, capsys):
                 "answer": {"macs_saved": 0.26}} for seed, y in ((1, 0.7), (2, 0.6))]
     found = frontier.curves(gated, smaller, frontier.PARTS["all tokens"])
     assert found == {"one threshold, MAC costs (ours)": {0: [100.0, 90.0], 10: [90.0, 90.0]},
-                     "a quantile per branch (the paper)": {0: [50.0]},
+                     "the paper's recipe": {0: [50.0]},
                      "blocks removed, tuned again": {25.0: [70.0, 60.0]}}
     for e in gated:
         study.keep("table5.json", e)
