@@ -4,7 +4,7 @@ In training every block's state predicts the answer through the one final norm a
 these L cross-entropies, later ones weighing more. At inference a token leaves after the first block where its
 confidence c reaches lambda, one number for all blocks, and its state is carried up and projected to K and V there
 (early_exit.py). Two confidences: "softmax", how far the likeliest token is ahead of the second, for which each block's
-state goes through the head (counted); "state", the cosine of a block's output and input. After the paper; weights and
+state goes through the head (counted, and the head once more for who has left, as it is run); "state", the cosine of a block's output and input. After the paper; weights and
 softmax gap as in FREE's code (arXiv 2310.05424). Left out: the paper's third confidence (a trained classifier), the
 fall of lambda with the position, and its bound on what an exit may cost: here lambda is what saves a given share.
 
@@ -90,7 +90,7 @@ class Calm(EarlyExit):
     """A dense model whose tokens leave once c >= threshold; while it is trained nobody does."""
     confidence, threshold = "softmax", None                      # a key of CONFIDENCES; lambda, None: nobody is asked
     first = 1                                                    # the earliest exit: after so many blocks
-    as_published_code = False
+    as_published_code, waits = False, True                       # waits: there, nobody goes before all have left
     left = None                                                  # as published: (B, S), who would have gone so far
 
     def leaves(self, layer, h, before, active):
@@ -100,7 +100,7 @@ class Calm(EarlyExit):
         here = h[active]                                         # (N, H): a host synchronisation, as a branch has one
         c = CONFIDENCES[self.confidence](self, here, before[active])                         # (N,)
         gone = active.masked_scatter(active, c.double() >= self.threshold)                   # (B, S)
-        if self.as_published_code:                               # nobody goes before all have left
+        if self.as_published_code and self.waits:
             self.left = gone if layer + 1 == self.first else self.left | gone
             gone = self.left & (self.left | ~active).all()
         return gone, here.numel() * self.config.vocab_size if self.confidence == "softmax" else 0

@@ -15,6 +15,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from console import InputError
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -75,8 +77,10 @@ class EarlyExit(Model):
 
 
 def early(model, kind=EarlyExit, **of):
-    """The same model, weights and all, as one of this kind; of: its attributes, e.g. a threshold. Without gates."""
-    assert model.config.gate is None, "early exits are of a dense model"
+    """The same model, weights and all, as one of this kind; of: its attributes, e.g. a threshold. InputError for gates.
+    """
+    if model.config.gate is not None:
+        raise InputError("early exits are of a dense model: train it with --gate none")
     model.__class__ = kind
     for name, value in of.items():
         setattr(model, name, value)

@@ -50,13 +50,14 @@ FROZEN = "--lr 1e-2 --sparsity-weight 0.1"                       # a thousandth 
 # The rows: how a method is trained, and how it is brought to save a given share
 # ---------------------------------------------------------------------------------------------------------------------
 
-def by_threshold(opened, thresholds, folder, items, as_published_code=False):
-    """Early exits: the model's threshold is set as its turn comes. as_published_code: at the thresholds that save so
-    much where who leaves really stops."""
+def by_threshold(opened, thresholds, folder, items):
+    """Early exits: {saving: (model, policy)}, the model's threshold set as its turn comes. CALM as their code: at the
+    thresholds that would save so much if who leaves did not wait for the others."""
     model = opened(folder)
     top = 1 - model.shallow / model.config.num_hidden_layers if isinstance(model, free.Free) else 1.0
+    model.waits = False
     found = thresholds(model, items, [s for s in SAVINGS if s <= top])
-    model.as_published_code = as_published_code
+    model.waits = True
     for saving, tau in found.items():
         if tau is not None:                                      # else out of this method's reach
             model.threshold = tau
@@ -64,20 +65,21 @@ def by_threshold(opened, thresholds, folder, items, as_published_code=False):
 
 
 def by_exit(folder, items):
-    """LayerSkip: all tokens leave after block E, for each E."""
-    for saving, model in layerskip.exits(load_model(folder).eval()).items():
+    """LayerSkip: all tokens leave after block E, for each E. Yields as by_threshold."""
+    for saving, model in layerskip.exits(load_model(folder)).items():
         yield saving, model, SkipPolicy()
 
 
 def by_policy(opened, policies, folder, items):
-    """Routers: frozen thresholds."""
-    model = opened(folder).eval()
+    """Routers: frozen thresholds. Yields as by_threshold; of MindSkip a share of attention, half as much of all pairs."""
+    model = opened(folder)
     for budget, policy in policies(model, items, [1.0 - s for s in SAVINGS]).items():
         yield 1.0 - budget, model, policy
 
 
 @dataclass
 class Method:
+    """A training, and the rows that are read off what it made."""
     flags: str                                                   # of train.py
     training: Callable                                           # () -> a context for it
     views: dict                                                  # row -> (folder, items) -> saving, model, policy
@@ -105,8 +107,8 @@ METHODS = {
 }
 AS_PUBLISHED = {                                                 # the one-line deviations of the authors' code
     "CALM, as their code": Method(calm.FLAGS, partial(calm.train_context, True), {
-        f"CALM, {name}, as their code": partial(by_threshold, partial(calm.open_calm, confidence=name), calm.thresholds,
-                                                as_published_code=True) for name in calm.CONFIDENCES}),
+        f"CALM, {name}, as their code": partial(by_threshold, partial(
+            calm.open_calm, confidence=name, as_published_code=True), calm.thresholds) for name in calm.CONFIDENCES}),
     "Mixture-of-Depths, as their code": Method(
         f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
         {"Mixture-of-Depths, as their code": partial(*MODS)}),

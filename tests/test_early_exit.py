@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import train
 from conftest import (both_ways, build, families, given, gradients, in_float32, llama, mixed, new_cache, padding, same,
                       same_masks, tokens)
+from console import InputError
 from gates import GateConfig, SkipPolicy
 from generate import generate
 from savings import count_macs, macs_of
@@ -189,5 +190,5 @@ def test_early_takes_the_model_as_it_is():
     dense = build(llama(None))
     weight, model = dense.lm_head.weight, early(dense, Sign, threshold=3)
     assert model is dense and isinstance(model, Sign) and model.lm_head.weight is weight and model.threshold == 3
-    with pytest.raises(AssertionError):
+    with pytest.raises(InputError, match="--gate none"):
         early(build(llama(GateConfig())))

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # argparse takes the last value: what makes a command small enough for a test
 SMALL = {"train.py": "--steps 2 --batch-size 4 --seq-len 160 --warmup 1 --save-every 2 --eval-limit 8",
          "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8",
-         "bench.py": "--repeats 1 --device cpu", "paper/gate_value.py": "--limit 4"}
+         "bench.py": "--repeats 1 --device cpu", "paper/gate_value.py": "--limit 4", "paper/answer_loss.py": "--limit 4"}
 
 
 def readme_commands():
@@ -74,10 +74,12 @@ def test_commands(checkout, monkeypatch):
     """A README command that has gone stale: a flag renamed, a file moved, an order that cannot work."""
     import layer_diff
     monkeypatch.syspath_prepend(ROOT / "paper")
+    import answer_loss
     import gate_value
     mains = {"train.py": train.main, "eval_gsm8k.py": eval_gsm8k.main, "generate.py": generate.main,
              "bench.py": bench.main, "data.py": data.main, "by_hand.py": lambda argv: by_hand.main(),
-             "tests/layer_diff.py": layer_diff.main, "paper/gate_value.py": gate_value.main}
+             "tests/layer_diff.py": layer_diff.main, "paper/gate_value.py": gate_value.main,
+             "paper/answer_loss.py": answer_loss.main}
     ran = []
     for line in readme_commands():
         program, *argv = shlex.split(line)
