@@ -4,9 +4,10 @@ In training every block's state predicts the answer through the one final norm a
 these L cross-entropies, later ones weighing more. At inference a token leaves after the first block where its
 confidence c reaches lambda, one number for all blocks, and its state is carried up and projected to K and V there
 (early_exit.py). Two confidences: "softmax", how far the likeliest token is ahead of the second, for which each block's
-state goes through the head (counted, and the head once more for who has left, as it is run); "state", the cosine of a block's output and input. After the paper; weights and
-softmax gap as in FREE's code (arXiv 2310.05424). Left out: the paper's third confidence (a trained classifier), the
-fall of lambda with the position, and its bound on what an exit may cost: here lambda is what saves a given share.
+state goes through the head (counted, and the head once more for who has left, as it is run); "state", the cosine of a
+block's output and input. After the paper; weights and softmax gap as in FREE's code (arXiv 2310.05424). Left out: the
+paper's third confidence (a trained classifier), the fall of lambda with the position, and its bound on what an exit may
+cost: here lambda is what saves a given share.
 
 What GateSkip's authors ran instead: the head without the final norm at all exits but the last, in the loss and in the
 confidence, and a block that is passed by only when all tokens of the call have left; until then nobody's state stops,

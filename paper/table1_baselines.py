@@ -71,7 +71,7 @@ def by_exit(folder, items):
 
 
 def by_policy(opened, policies, folder, items):
-    """Routers: frozen thresholds. Yields as by_threshold; of MindSkip a share of attention, half as much of all pairs."""
+    """Routers: frozen thresholds. Yields as by_threshold; of MindSkip shares of attention, half as much of all."""
     model = opened(folder)
     for budget, policy in policies(model, items, [1.0 - s for s in SAVINGS]).items():
         yield 1.0 - budget, model, policy

@@ -23,7 +23,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # argparse takes the last value: what makes a command small enough for a test
 SMALL = {"train.py": "--steps 2 --batch-size 4 --seq-len 160 --warmup 1 --save-every 2 --eval-limit 8",
          "eval_gsm8k.py": "--limit 4 --max-new-tokens 8 --budgets 1.0 0.8", "generate.py": "--max-new-tokens 8",
-         "bench.py": "--repeats 1 --device cpu", "paper/gate_value.py": "--limit 4", "paper/answer_loss.py": "--limit 4"}
+         "bench.py": "--repeats 1 --device cpu", "paper/gate_value.py": "--limit 4",
+         "paper/answer_loss.py": "--limit 4"}
 
 
 def readme_commands():

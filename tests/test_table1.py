@@ -32,7 +32,8 @@ def test_a_method_is_trained_and_measured(small, name):
     entry = table1.one(name, 1, 1)
     rows = entry["rows"]
     assert {r["row"] for r in rows} <= set(table1.EVERY[name].views) and entry["flags"] == table1.EVERY[name].flags
-    assert all(r["n"] == 3 and 0.0 <= r["skipped"] < 1.0 and set(r["answer"]) == {"skipped", "macs_saved"} for r in rows)
+    assert all(r["n"] == 3 and 0.0 <= r["skipped"] < 1.0 and set(r["answer"]) == {"skipped", "macs_saved"}
+               for r in rows)
     assert next(r["skipped"] for r in rows if r["asked"] == 0.0) == 0.0          # full depth is each method's own
     asked, skipped = zip(*((r["asked"], r["skipped"]) for r in rows if r["row"] == rows[0]["row"]))
     if "as their code" not in name or not name.startswith("CALM"):               # there nobody stops alone
