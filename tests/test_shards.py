@@ -194,11 +194,12 @@ def test_examples_that_cannot_be_shared(folder, tmp_path):
     assert len(lines) == 1 and "--batch-size 1" in lines[0] and "multiple of 2" in lines[0]
 
 
-def test_flags_of_several_ranks(monkeypatch):
+def test_flags_of_several_ranks(monkeypatch, request):
     """A flag that several ranks cannot follow, and that only hours later says so."""
     from shards import Ranks
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.utils.serialization.config.load, "mmap", False)    # which Ranks sets for its process
+    loads = torch.utils.serialization.config.load                # Ranks sets its mmap for the process; monkeypatch
+    request.addfinalizer(lambda was=loads.mmap: setattr(loads, "mmap", was))     # would delete it, for good
     device = lambda **flags: Ranks(1, 2).device(train.parse_args(words(data="arithmetic", **flags)))
     assert (device(device="cpu"), device(device="cuda")) == ("cpu", "cuda:1")
     assert "--device cuda:1" in complaint(device, device="cuda:1")
