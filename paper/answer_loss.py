@@ -25,8 +25,8 @@ from curves import HEADER, line_of, lines_at, plot
 from data import load_examples
 from disk import only_one, write
 from gates import SkipPolicy, check_budget
-from load_weights import load_model, model_digest, read_json
-from opened import check_own, dense_macs, open_with_items
+from load_weights import model_digest, read_json
+from opened import check_own, dense_macs, open_model, open_with_items
 from read_data import digest
 from thresholds import make_policy
 
@@ -123,7 +123,7 @@ def fill(args):
         if (name, kind, budget) in done:
             continue
         if model.source != source:                               # one model at a time in memory
-            model = load_model(source, device=device, dtype=dtype)
+            model = open_model(source, device, dtype)
         if kind == "random":
             like = budget_of_chance(model.config, done[name, "frozen", budget]) if model.config.gate else budget
             policy = make_policy(model.config, "random", like, seed=args.seed)

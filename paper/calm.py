@@ -17,20 +17,18 @@ the embedding, and for lambda a quantile of each batch.
 Shapes: B batch, S sequence, H hidden, V vocabulary, L blocks, N tokens of a step's answers, or that have not left.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from console import InputError
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from budgets import evaluate
-from early_exit import EarlyExit, early, training, unembed
+from early_exit import EarlyExit, open_early, training, unembed
 from gates import SkipPolicy
-from load_weights import load_model
 
 FLAGS = "--gate none"                                            # of train.py, inside train_context()
 ROWS = 1024                                                      # that go through the head at once: a prompt has many
@@ -89,6 +87,7 @@ CONFIDENCES = {"softmax": softmax_gap, "state": saturation}
 
 class Calm(EarlyExit):
     """A dense model whose tokens leave once c >= threshold; while it is trained nobody does."""
+    confidences = tuple(CONFIDENCES)
     confidence, threshold = "softmax", None                      # a key of CONFIDENCES; lambda, None: nobody is asked
     first = 1                                                    # the earliest exit: after so many blocks
     as_published_code, waits = False, True                       # waits: there, nobody goes before all have left
@@ -107,16 +106,7 @@ class Calm(EarlyExit):
         return gone, here.numel() * self.config.vocab_size if self.confidence == "softmax" else 0
 
 
-def open_calm(folder, confidence="softmax", threshold=None, device="cpu", dtype=torch.float32, **of):
-    """A Calm of the dense model in a folder (a run's --out, or hub id), ready to generate; of: its other attributes.
-
-    InputError for an unknown confidence and for a model with gates."""
-    if confidence not in CONFIDENCES:
-        raise InputError(f"confidence {confidence!r} is not one of {', '.join(CONFIDENCES)}")
-    model = load_model(folder, device=device, dtype=dtype).eval()
-    if model.config.gate is not None:
-        raise InputError(f"{folder} has gates: early exits are of a dense model, trained with {FLAGS}")
-    return early(model, Calm, confidence=confidence, threshold=threshold, **of)
+open_calm = partial(open_early, Calm)                             # (folder, device, dtype, confidence=, threshold=)
 
 
 def thresholds(model, items, savings):

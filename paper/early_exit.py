@@ -22,7 +22,17 @@ from torch.utils.checkpoint import checkpoint
 
 import train
 from gates import SkipPolicy
+from load_weights import load_model
 from model import Model, Trace
+
+
+def through(blocks, h, call):
+    """(state after these blocks, the one before the last of them), (B, S, H) each; K and V go where the call says."""
+    below = before = None
+    for block in blocks:
+        before = h
+        h, below, _, _ = block(h, below, (None, None), call)
+    return h, before
 
 
 def unembed(model, h):
@@ -36,6 +46,7 @@ def unembed(model, h):
 class EarlyExit(Model):
     """A dense model, made one by `early(model)`. A method says who leaves (`leaves`), and who passes a block by
     (`sits_out`); in training it finds the states of all tokens in `states`."""
+    confidences, least_blocks = (), 1                            # what `confidence` may be; of a model
     states, places = [], None       # of the last pass in training: L + 1 of (B, S, H), h_0 first; (N,) flat places
     step, steps = 0, 1              # of training
 
@@ -77,14 +88,22 @@ class EarlyExit(Model):
 
 
 def early(model, kind=EarlyExit, **of):
-    """The same model, weights and all, as one of this kind; of: its attributes, e.g. a threshold. InputError for gates.
-    """
-    if model.config.gate is not None:
-        raise InputError("early exits are of a dense model: train it with --gate none")
+    """The same model, weights and all, as one of this kind; of: its attributes, e.g. a threshold. InputError for gates,
+    too few blocks, and a confidence that the kind does not know."""
+    if model.config.gate is not None or model.config.num_hidden_layers < kind.least_blocks:
+        raise InputError(f"{kind.__name__} needs a dense model of {kind.least_blocks} or more blocks: train one with "
+                         "--gate none")
+    if of.get("confidence") not in (None, *kind.confidences):
+        raise InputError(f"confidence {of['confidence']!r} is not one of {', '.join(kind.confidences)}")
     model.__class__ = kind
     for name, value in of.items():
         setattr(model, name, value)
     return model
+
+
+def open_early(kind, folder, device="cpu", dtype=torch.float32, **of):
+    """The model in a folder (a run's --out, or hub id) as one of this kind, in eval mode. InputError as early()."""
+    return early(load_model(folder, device=device, dtype=dtype).eval(), kind, **of)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from disk import only_one, write
 from gates import check_budget
-from load_weights import check_fit, load_model, load_tokenizer, model_digest, read_json
-from opened import check_own
+from load_weights import check_fit, load_tokenizer, model_digest, read_json
+from opened import check_own, open_model
 from savings import Savings
 from study import commit
 from sweep import interpolate
@@ -137,7 +137,7 @@ def main(argv=None):
 def fill(args, names):
     """Measure what --out lacks and print it all."""
     file, (device, dtype) = Path(args.out), pick_device(args.device, args.dtype)
-    model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
+    model, tokenizer = open_model(args.model, device, dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
     args.bos_id = model.raw_config.get("bos_token_id")
     if args.bos and args.bos_id is None:

@@ -23,6 +23,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, L blocks, E shallow ones, N
 """
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,8 +35,7 @@ import torch.nn.functional as F
 
 import early_exit
 from data import collate
-from early_exit import EarlyExit, early, unembed
-from load_weights import load_model
+from early_exit import EarlyExit, open_early, through, unembed
 from rows import KVCache
 from savings import macs_of
 from thresholds import chunks, frozen_threshold
@@ -91,6 +91,7 @@ class Owing(KVCache):
 
 class Free(EarlyExit):
     """A dense model with one exit. Its passes and Traces tell of the queue that it does not have."""
+    confidences, least_blocks = CONFIDENCES, 2
     confidence, threshold = "softmax", 1.0                       # 1: nobody leaves
 
     @property
@@ -148,29 +149,12 @@ class Free(EarlyExit):
         return replace(paper, more_macs=dense + deep_blocks * more.sum() + asked)
 
 
-def open_free(folder, confidence="softmax", threshold=1.0, device="cpu", dtype=torch.float32):
-    """The trained model of a folder, whose tokens leave where confidence exceeds the threshold. InputError for another
-    confidence, and for a model with gates or of one block."""
-    if confidence not in CONFIDENCES:
-        raise InputError(f"confidence {confidence!r} is not one of {', '.join(CONFIDENCES)}")
-    model = load_model(folder, device=device, dtype=dtype).eval()
-    if model.config.gate is not None or model.config.num_hidden_layers < 2:
-        raise InputError(f"{folder} has gates, or one block only: FREE needs a dense model of two blocks at least")
-    return early(model, Free, confidence=confidence, threshold=threshold)
+open_free = partial(open_early, Free)                            # (folder, device, dtype, confidence=, threshold=)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Thresholds for wanted savings
 # ---------------------------------------------------------------------------------------------------------------------
-
-def through(blocks, h, call):
-    """(state after these blocks, the one before the last of them), (B, S, H) each."""
-    below = before = None
-    for block in blocks:
-        before = h
-        h, below, _, _ = block(h, below, (None, None), call)
-    return h, before
-
 
 @torch.no_grad()
 def thresholds(model, items, savings):

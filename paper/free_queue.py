@@ -22,8 +22,7 @@ from console import InputError
 
 import torch
 
-from early_exit import unembed
-from free import through
+from early_exit import through, unembed
 from rows import KVCache
 from savings import count_macs
 

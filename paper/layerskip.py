@@ -28,7 +28,7 @@ from torch import nn
 from against_plain import compare
 from bench import rewind
 from data import load_examples
-from early_exit import EarlyExit, training, unembed
+from early_exit import EarlyExit, through, training, unembed
 from model import Model
 from opened import open_with_items
 from savings import count_macs
@@ -111,10 +111,7 @@ def exits(model):
 def pass_through(model, blocks, cache, ids, h=None):
     """(1, S, H): h, or the embeddings of S ids, after these blocks; K and V are cached from cache.used on."""
     h_0, call = model.begin(torch.tensor([ids], device=cache.lengths.device), cache=cache)
-    h, below = h_0 if h is None else h, None
-    for block in blocks:
-        h, below, _, _ = block(h, below, (None, None), call)
-    return h
+    return through(blocks, h_0 if h is None else h, call)[0]
 
 
 def self_speculate(model, exit, gamma, new_tokens, eos_ids, prompt, temperature=0.0, generator=None):

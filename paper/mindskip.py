@@ -16,6 +16,7 @@ most likely ran is Mixture-of-Depths with a frozen backbone, token by token: mix
 Shapes: B batch, S sequence, H hidden, L layers.
 """
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class Always(Gate):
 
 
 class RoutedBlock(Block):
+    """The core's block, whose attention asks its router once a sequence."""
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.self_attn_gate, self.mlp_gate = Router(config.gate, config.hidden_size), Always(config.gate)
@@ -95,17 +98,26 @@ def mean_loss(gates, valid=None, kind=None, budget=None, costs=None):
 
 
 class MindSkip(routed.Routed):
+    """Nothing to choose: attention alone is routed."""
     name, block, loss = "mindskip", RoutedBlock, staticmethod(mean_loss)
     flags = {"threshold": ("branch",), "skip": ("attn",), "kv": ("copy_up",)}
 
     def begin(self, *args, **named):
+        """As the core's; after the prompt it is settled who has attention."""
         h, call = super().begin(*args, **named)
         if not call.fresh:                                       # slot 0 holds what was decided of the whole sequence
             call.keep = {2 * layer: call.valid & kept[:, :1] for layer, kept in enumerate(call.cache.kept)}
         return h, call
 
+    def forward(self, input_ids, positions=None, valid=None, cache=None, **how):
+        """As the core's; a sequence pays its routers once, H a layer."""
+        asked = cache is None or cache.used == 0
+        logits, trace = super().forward(input_ids, positions, valid, cache, **how)
+        routers = asked * len(input_ids) * self.config.num_hidden_layers * self.config.hidden_size
+        return logits, replace(trace, more_macs=routers)
+
     def router_macs(self, hidden):
-        """H a layer and sequence: nothing per token."""
+        """Nothing per token: see forward."""
         return 0
 
 

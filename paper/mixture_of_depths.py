@@ -43,6 +43,7 @@ class TopK(SkipPolicy):
 
     @torch.no_grad()
     def keep(self, branch, scores, valid):
+        """scores, valid (B, S) -> (B, S) bool: T."""
         if self.budget >= 1.0 or not may_skip(self.skip, branch):
             return valid
         k = torch.floor(self.budget * valid.sum(1, keepdim=True).double() + 1e-9).clamp(min=1)       # (B, 1)
@@ -152,6 +153,7 @@ def membership_loss(gates, valid=None, kind=None, budget=None, costs=None):
 
 
 class MixtureOfDepths(routed.Routed):
+    """settings: substitute, one of SUBSTITUTES; as_published_code."""
     name, block, defaults = "mixture_of_depths", RoutedBlock, {"substitute": "predictor", "as_published_code": False}
     flags = {"threshold": ("branch",), "skip": ("layer", "alternate"), "kv": ("copy_up", "dense")}
     loss = staticmethod(membership_loss)

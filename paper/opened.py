@@ -11,6 +11,7 @@ from console import InputError
 
 import torch
 
+import quantized
 from bench import check_output
 from data import batch_at, collate, encode_all
 from load_weights import check_fit, load_model, load_tokenizer, read_json
@@ -32,6 +33,12 @@ def check_own(flag, path, *keys):
         raise InputError(f"{flag} {path} is no file of this program: give another {flag}")
 
 
+def open_model(source, device="cpu", dtype=torch.float32):
+    """load_model, and of what quantize.py wrote open_quantized."""
+    opens = quantized.open_quantized if quantized.is_quantized(source) else load_model
+    return opens(source, device=device, dtype=dtype)
+
+
 def open_with_items(source, examples, limit, seq_len=None, device="cpu", dtype=torch.float32):
     """(model, its tokenizer, items: a list of (ids, loss_mask), how many examples were too long and left out).
 
@@ -39,7 +46,7 @@ def open_with_items(source, examples, limit, seq_len=None, device="cpu", dtype=t
     first `limit` documents where that gives more; seq_len None: as many as the model has positions. InputError for what
     cannot be read with this model.
     """
-    model, tokenizer = load_model(source, device=device, dtype=dtype), load_tokenizer(source)
+    model, tokenizer = open_model(source, device, dtype), load_tokenizer(source)
     check_fit(model, tokenizer)
     if not model.config.eos_ids:
         raise InputError(f"{source} names no eos_token_id in config.json or generation_config.json: an answer needs a "

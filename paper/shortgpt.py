@@ -32,6 +32,7 @@ from data import collate, encode_all, load_examples
 from disk import check_writable
 from load_weights import save_model
 from opened import open_with_items
+from quantized import is_quantized
 from recalibrate import recalibrate
 from savings import count_macs
 from thresholds import chunks
@@ -108,6 +109,8 @@ def main(argv=None):
     examples = load_examples(args.data, "train", args.limit or None)
     model, tokenizer, items, _ = open_with_items(args.model, examples, args.limit, args.seq_len, device, dtype)
     config, layers = model.config, model.config.num_hidden_layers
+    if is_quantized(args.model):
+        raise InputError(f"--model {args.model} is quantised: remove blocks of the one it was made from, then quantise")
     if args.blocks >= layers:
         raise InputError(f"--blocks {args.blocks} of {layers} leaves none: remove at most {layers - 1}")
     influence = block_influence(model, items)

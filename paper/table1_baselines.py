@@ -25,6 +25,7 @@ from console import InputError, run
 from flags import Parser, seed_number, whole
 
 import torch
+from tqdm import tqdm
 
 import calm
 import free
@@ -137,8 +138,8 @@ def sweep(method, folder, seed):
     return rows
 
 
-def one(name, seed, threads):
-    """Train and measure: an entry of the results."""
+def one(name, seed, threads, stays=False):
+    """Train and measure: an entry of the results. stays: the trained folder, too, and its name is printed."""
     torch.set_num_threads(threads)
     started, method, folder = time.perf_counter(), EVERY[name], table5_ablations.folder_of(name, seed)
     with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
@@ -146,7 +147,10 @@ def one(name, seed, threads):
         testbed.trained([method.flags.split()], seed, folder, tried=method.training)
         trained = time.perf_counter() - started
         rows = sweep(method, folder, seed)
-    shutil.rmtree(folder)
+    if stays:
+        tqdm.write(f"{name}, seed {seed}: {folder}")
+    else:
+        shutil.rmtree(folder)
     return {"model": name, "seed": seed, "flags": method.flags, "date": str(date.today()), "commit": study.commit(),
             "seconds": [round(trained), round(time.perf_counter() - started - trained)],
             "testbed": [testbed.STEPS, testbed.PROBLEMS], "rows": rows}
@@ -163,6 +167,8 @@ def parse_args(argv):
     p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of each method")
     p.add_argument("--as-published-code", action="store_true", help="also the last three, which differ from the "
                    "methods in the line that the GateSkip authors' code does")
+    p.add_argument("--stays", action="store_true", help=f"leave what is trained in {study.WORK}; without it, it goes "
+                   "once it is measured")
     p.add_argument("--jobs", type=whole(1), default=1, help="methods at a time; they share torch's threads")
     p.add_argument("--from-results", action="store_true", help="print the table of what is there, train nothing")
     return p.parse_args(argv)
@@ -172,7 +178,8 @@ def main(argv=None):
     args = parse_args(argv)
     names = args.rows or [*METHODS, *(AS_PUBLISHED if args.as_published_code else ())]
     if not args.from_results:
-        study.study(FILE, [[(name, seed) for name in names for seed in args.seeds]], one, args.jobs)
+        study.study(FILE, [[(name, seed) for name in names for seed in args.seeds]],
+                    partial(one, stays=args.stays), args.jobs)
     found = study.entries(FILE)
     if not found:
         raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")

@@ -331,7 +331,7 @@ def test_training_is_by_the_weighted_loss(folder, tuned, tmp_path):
 @both
 def test_what_is_opened_answers_questions(tuned, confidence):
     """eval_gsm8k.run_row and generate, which know nothing of it; a model that is left in training."""
-    model, tokenizer = open_calm(tuned, confidence), load_tokenizer(tuned)
+    model, tokenizer = open_calm(tuned, confidence=confidence), load_tokenizer(tuned)
     problems, args = load_examples("arithmetic", "test", 4), SimpleNamespace(batch_size=4, max_new_tokens=5)
     whole = run_row("CALM", model, tokenizer, problems, SkipPolicy(), 1.0, args)
     model.threshold = -1.0
@@ -349,7 +349,7 @@ def test_thresholds_save_what_is_wanted(tmp_path, items, confidence):
     model, tokenizer = toy(tmp_path / "made", num_hidden_layers=4)
     model.load_state_dict(build(model.config, dtype=torch.float32).state_dict())
     save_model(model, tmp_path / "model", tokenizer)
-    model = open_calm(tmp_path / "model", confidence, threshold=0.5)
+    model = open_calm(tmp_path / "model", confidence=confidence, threshold=0.5)
     found = thresholds(model, items, [0.1, 0.4, 0.0, 0.75, 0.9])
     assert found.pop(0.9) is None and model.threshold == 0.5     # one exit of four saves 0.75
     assert list(found) == [0.1, 0.4, 0.0, 0.75] and None not in found.values()
@@ -364,7 +364,7 @@ def test_thresholds_save_what_is_wanted(tmp_path, items, confidence):
 
 def test_a_saving_between_two_ties_is_none(tuned, items):
     """All tokens equally confident: nobody can be told from the others, and no share of them can leave."""
-    model = open_calm(tuned, "state")
+    model = open_calm(tuned, confidence="state")
     for block in model.model["layers"]:
         block.self_attn.o_proj.weight.data.zero_()
         block.mlp.down_proj.weight.data.zero_()
@@ -374,8 +374,8 @@ def test_a_saving_between_two_ties_is_none(tuned, items):
 
 def test_what_cannot_be_opened(tuned, tmp_path):
     """A stack trace for a misspelt confidence, or for a gated model."""
-    assert "softmax, state" in complaint(open_calm, tuned, "cosine")
+    assert "softmax, state" in complaint(open_calm, tuned, confidence="cosine")
     model, tokenizer = toy(tmp_path / "made", GateConfig())
     save_model(model, tmp_path / "gated", tokenizer)
-    assert "has gates" in complaint(open_calm, tmp_path / "gated")
+    assert "needs a dense model" in complaint(open_calm, tmp_path / "gated")
     assert load_model(last(tuned)).config.gate is None           # and what was trained is a plain dense model

@@ -301,13 +301,13 @@ def test_train_open_and_evaluate(folder, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(tmp_path / "run")
     args = SimpleNamespace(batch_size=3, max_new_tokens=8)
     for confidence in free.CONFIDENCES:
-        model = open_free(tmp_path / "run", confidence)
+        model = open_free(tmp_path / "run", confidence=confidence)
         saved = []
         for model.threshold in (1.0, -2.0):
             row = run_row("FREE", model, tokenizer, load_examples("arithmetic", "test", 5), SkipPolicy(), 1.0, args)
             saved.append((row["skipped"], row["answer"]["skipped_per_call"]))
         assert saved == [(0, 0), (0.5, 0.5)]                     # of two blocks, one
-    assert "'entropy' is not one of softmax, cosine" in complaint(open_free, tmp_path / "run", "entropy")
+    assert "'entropy' is not one of softmax, cosine" in complaint(open_free, tmp_path / "run", confidence="entropy")
     for name, gate, changes in (("gated", GateConfig(), {}), ("one", None, {"num_hidden_layers": 1})):
         save_model(toy(tmp_path / "made", gate, **changes)[0], tmp_path / name, tokenizer)
-        assert "FREE needs a dense model" in complaint(open_free, tmp_path / name)
+        assert "Free needs a dense model of 2 or more blocks" in complaint(open_free, tmp_path / name)

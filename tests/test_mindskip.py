@@ -120,15 +120,15 @@ def test_a_decision_holds_for_a_generation():
 
 @torch.no_grad()
 def test_a_single_token_after_the_prompt_is_not_asked():
-    """A router that runs in every step for nothing."""
+    """A router that runs in every step for nothing, or is not paid: H a layer and sequence, once."""
     model, ids, asked = routed_model(NAME), tokens(2, 6), []
     for block in model.model["layers"]:
         block.self_attn_gate.register_forward_pre_hook(lambda *_: asked.append(1))
     cache = new_cache(model, 2, 8)
-    model(ids, cache=cache, policy=at(0.5))
-    assert len(asked) == 3
-    model(ids[:, :1], cache=cache, policy=at(0.5))
-    assert len(asked) == 3
+    _, trace = model(ids, cache=cache, policy=at(0.5))
+    assert len(asked) == 3 and trace.more_macs == 2 * 3 * model.config.hidden_size
+    _, trace = model(ids[:, :1], cache=cache, policy=at(0.5))
+    assert len(asked) == 3 and trace.more_macs == 0
 
 
 # Test 6 and thresholds.

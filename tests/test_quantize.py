@@ -20,9 +20,13 @@ from thresholds import calibrate, make_policy
 from toy_runs import ROOT, words
 
 sys.path.insert(0, str(ROOT / "paper"))
+import answer_loss
+import opened
 import quantize
+import quantized
+import shortgpt
 from four_bits import nf4_levels
-from quantize import QuantLinear, matrices, memory_of, open_quantized, save_quantized, tensors_of
+from quantized import QuantLinear, matrices, memory_of, open_quantized, save_quantized, tensors_of
 from recalibrate import all_scores, recalibrate
 
 KINDS = {"nf4": ("nf4", False), "double": ("nf4", True), "int4": ("int4", False)}
@@ -104,7 +108,7 @@ def test_gates_head_embeddings_and_norms_are_untouched(family, kind, gate):
     """A gate or a tied head that is quantised as well, a matrix that is not, a copy of the head."""
     model = build(family(gate))
     before, whole = {name: p.clone() for name, p in model.named_parameters()}, memory_of(model)
-    quantize.quantize(model, *KINDS[kind])
+    quantized.quantize(model, *KINDS[kind])
     left, names = dict(model.named_parameters()), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                                                    "down_proj")
     assert set(before) - set(left) == {name for name in before if name.endswith(tuple(f"{n}.weight" for n in names))}
@@ -123,7 +127,7 @@ def test_it_computes_what_a_dense_model_of_its_weights_does(family, kind, gate):
     """A matrix in another's place; skipping, a cache, or gates that work with dense matrices only."""
     model, ids = build(family(gate)), tokens(2, 12)
     dense = copy.deepcopy(model)
-    quantize.quantize(model, *KINDS[kind])
+    quantized.quantize(model, *KINDS[kind])
     for (_, _, matrix), (_, _, like) in zip(matrices(model, QuantLinear), matrices(dense, Linear), strict=True):
         assert not torch.equal(like.weight, matrix.dequantised().double())
         like.weight.data = matrix.dequantised().double()
@@ -140,11 +144,11 @@ def test_it_computes_what_a_dense_model_of_its_weights_does(family, kind, gate):
 def test_what_is_no_kind_is_refused():
     """A model quantised twice, or half way; scales of scales that int4 does not have."""
     model = build(llama())
-    assert "there are nf4, nf4 double, and int4" in complaint(quantize.quantize, model, "fp4")
-    assert "there are nf4, nf4 double, and int4" in complaint(quantize.quantize, model, "int4", True)
+    assert "there are nf4, nf4 double, and int4" in complaint(quantized.quantize, model, "fp4")
+    assert "there are nf4, nf4 double, and int4" in complaint(quantized.quantize, model, "int4", True)
     assert len(matrices(model, Linear)) == 28
-    quantize.quantize(model, "nf4")
-    assert "this model is quantised" in complaint(quantize.quantize, model, "int4")
+    quantized.quantize(model, "nf4")
+    assert "this model is quantised" in complaint(quantized.quantize, model, "int4")
 
 
 # its folder
@@ -156,7 +160,7 @@ def test_a_folder_opens_as_it_was_saved(tmp_path, kind, gate):
     """A tensor that is lost or cast, gates in bfloat16, a folder that opens as something else."""
     path, ids = saved(tmp_path / "all", gate), tokens(1, 20)
     model, tokenizer = load_model(path), load_tokenizer(path)
-    quantize.quantize(model, *KINDS[kind])
+    quantized.quantize(model, *KINDS[kind])
     save_quantized(model, tmp_path / "less", tokenizer)
     less = open_quantized(tmp_path / "less")
     assert not less.training and less.config == model.config
@@ -189,7 +193,7 @@ def test_a_folder_opens_as_it_was_saved(tmp_path, kind, gate):
 def test_a_damaged_folder_is_refused(models, tmp_path, damage, why):
     """A traceback, or an answer of noise."""
     model = load_model(models["gated"])
-    quantize.quantize(model, "nf4")
+    quantized.quantize(model, "nf4")
     save_quantized(model, tmp_path / "less")
     tensors = load_file(tmp_path / "less" / "model.safetensors")
     damage(tensors)
@@ -203,7 +207,7 @@ def test_a_damaged_folder_is_refused(models, tmp_path, damage, why):
 def test_another_programs_folder_is_refused(models, tmp_path, how):
     """Codes of one kind read as another's, a KeyError."""
     model = load_model(models["gated"])
-    quantize.quantize(model, "nf4")
+    quantized.quantize(model, "nf4")
     save_quantized(model, tmp_path / "less")
     config = read_json(tmp_path / "less" / "config.json") | {"quantization_config": how}
     (tmp_path / "less" / "config.json").write_text(json.dumps(config))
@@ -228,7 +232,7 @@ def test_thresholds_are_those_of_the_new_weights(models, monkeypatch, threshold)
     monkeypatch.setattr(budgets, "CONTINUE", 4)
     model, items = load_model(models["gated"]), items_of(models["gated"], 8, "calibration")
     stored = model.config.gateskip = dict(model.config.gateskip, threshold=threshold, sparsity_weight=1.0)
-    quantize.quantize(model, "nf4")
+    quantized.quantize(model, "nf4")
     quantile, share = None, "skipped" if threshold == "branch" else "work_skipped"
     if threshold == "global":
         quantile = RunningQuantile(branch_costs(model.config))
@@ -272,10 +276,22 @@ def test_without_data_old_thresholds_are_dropped(models, tmp_path, capsys):
     assert "thresholds" not in capsys.readouterr().out
 
 
+def test_the_scripts_open_it(models, tmp_path):
+    """A folder that nothing but a function opens; blocks that are taken from packed matrices; a plain one, refused."""
+    assert command(model=models["gated"], data="arithmetic", out=tmp_path / "small") == 0
+    flags = words(model=tmp_path / "small", reference=models["gated"], data="arithmetic", limit=4, device="cpu")
+    assert answer_loss.main([*flags, "--out", str(tmp_path / "loss.json")]) == 0
+    assert len(read_json(tmp_path / "loss.json")["rows"]) > 1
+    assert isinstance(opened.open_model(models["gated"]).model["layers"][0].mlp.up_proj, Linear)
+    assert "is quantised: remove blocks of the one" in complaint(shortgpt.main, words(
+        model=tmp_path / "small", data="arithmetic", limit=4, blocks=1, out=tmp_path / "less"))
+    assert not (tmp_path / "less").exists()
+
+
 def test_what_cannot_be_quantised_is_refused(models, tmp_path, monkeypatch):
     """A traceback, a folder that is written over, work before a mistake is told."""
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    monkeypatch.setattr(quantize.load_weights, "load_model", None)
+    monkeypatch.setattr(quantize, "load_model", None)
     for why, switches, flags in [("--double is for --kind nf4", ["--double"], dict(kind="int4")),
                                  ("--kind: invalid choice: 'fp4'", [], dict(kind="fp4")),
                                  ("exists: give the name of a new folder", [], dict(out=tmp_path)),

@@ -1,0 +1,124 @@
+"""Tables 7 and 9: gates on a model that is made smaller after training, by 4-bit weights or by blocks removed.
+
+    python paper/table7_9_smaller.py --jobs 2                    # all that paper/results/table7_9.json lacks yet
+    python paper/table7_9_smaller.py --from-results              # the table again, without training
+
+The recipe of table5_ablations.py ("ours") on the embedded model; of each training every row, with thresholds measured
+anew. Savings are of the whole dense model's MACs: what a removed block saves is in them, which the paper's Table 9
+leaves out ("saved compute" there is of what is left); 4-bit weights save none, but memory. Larger models: quantize.py
+or shortgpt.py, then answer_loss.py. Table 8 is speculative.py.
+"""
+import contextlib
+import shutil
+import sys
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, run
+from flags import Parser, seed_number, whole
+
+import torch
+
+import shortgpt
+import study
+import table1_baselines
+import table5_ablations
+import testbed
+from data import encode_all, load_examples
+from frontier import macs_of_answers
+from load_weights import load_model, load_tokenizer
+from quantized import memory_of, quantize
+from recalibrate import recalibrate
+from thresholds import make_policy
+
+FILE, MODEL = "table7_9.json", "ours, made smaller"
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+FOUR_BITS = {"NF4": ("nf4", False), "NF4, double quantisation": ("nf4", True), "int4": ("int4", False)}
+REMOVED = {"1 block removed": 1, "2 blocks removed": 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+def without(blocks, model, tokenizer):
+    """Remove the blocks of the lowest influence on 200 problems of training."""
+    items, _ = encode_all(load_examples("arithmetic", "train", 200), tokenizer, model.config.eos_ids[0], 160)
+    influence = shortgpt.block_influence(model, items)
+    shortgpt.remove(model, sorted(range(len(influence)), key=influence.__getitem__)[:blocks])
+
+
+ROWS = {"as it is": lambda model, tokenizer: None,
+        **{name: lambda model, tokenizer, how=how: quantize(model, *how) for name, how in FOUR_BITS.items()},
+        **{name: partial(without, blocks) for name, blocks in REMOVED.items()}}
+
+
+def made_smaller(change, sizes, folder, items):
+    """{saving: (model, policy)} of table1_baselines.sweep. sizes: a list that gets the model's bytes and config."""
+    model = load_model(folder).eval()
+    change(model, load_tokenizer(folder))
+    sizes.append((memory_of(model), model.config))
+    model.config.gateskip["thresholds"] = dict.fromkeys(map(str, BUDGETS[1:]))
+    recalibrate(model, items)
+    for budget in BUDGETS:
+        yield 1.0 - budget, model, make_policy(model.config, "frozen", budget)
+
+
+def of_the_whole(row, config, dense, items):
+    """A row's MACs saved, of the dense model's of that config in place of its own."""
+    work, all_of_it = (macs_of_answers(c, items) for c in (config, dense))       # of prompts, of answers
+    left = lambda saved, share: 1 - (1 - saved) * share
+    row["macs_saved"] = left(row["macs_saved"], sum(work) / sum(all_of_it))
+    row["answer"]["macs_saved"] = left(row["answer"]["macs_saved"], work[1] / all_of_it[1])
+
+
+def one(name, seed, threads):
+    """Train, make smaller in every way, and measure: an entry of the results, "bytes" of each row with it."""
+    torch.set_num_threads(threads)
+    started, folder = time.perf_counter(), table5_ablations.folder_of(name, seed)
+    sizes = {row: [] for row in ROWS}
+    views = {row: partial(made_smaller, change, sizes[row]) for row, change in ROWS.items()}
+    method = table1_baselines.Method(table5_ablations.OURS, contextlib.nullcontext, views)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
+        testbed.trained([method.flags.split()], seed, folder)
+        trained = time.perf_counter() - started
+        rows = table1_baselines.sweep(method, folder, seed)
+        dense, tokenizer = load_model(folder).config, load_tokenizer(folder)
+        items, _ = encode_all(load_examples("arithmetic", "test", testbed.PROBLEMS), tokenizer, dense.eos_ids[0], 160)
+    for row in rows:
+        of_the_whole(row, sizes[row["row"]][0][1], dense, items)
+    shutil.rmtree(folder)
+    return {"model": name, "seed": seed, "flags": method.flags, "date": str(date.today()), "commit": study.commit(),
+            "seconds": [round(trained), round(time.perf_counter() - started - trained)],
+            "testbed": [testbed.STEPS, testbed.PROBLEMS], "bytes": {row: found[0][0] for row, found in sizes.items()},
+            "rows": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    p = Parser("Gates on a model made smaller after training: 4-bit weights, blocks removed.")
+    p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of the trainings")
+    p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
+    p.add_argument("--from-results", action="store_true", help="print the table of what is there, train nothing")
+    args = p.parse_args(argv)
+    if not args.from_results:
+        study.study(FILE, [[(MODEL, seed) for seed in args.seeds]], one, args.jobs)
+    if not (runs := study.entries(FILE)):
+        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+    print("exact answers, %, mean ± sample deviation over seeds; savings are of the whole dense model's MACs; -: not "
+          "reached\n")
+    print("\n".join(table5_ablations.table(runs, "macs_saved", ROWS)))
+    sizes = (f"{row} {size / 1e6:.2f}" for row, size in runs[0]["bytes"].items())
+    print(f"\nmemory of all tensors, MB: {', '.join(sizes)}")
+
+
+if __name__ == "__main__":
+    run(main, interrupted="the table stands as it is; the same command goes on with it")
