@@ -22,15 +22,17 @@ from transformers import AutoModelForCausalLM
 
 from answers import is_right
 from data import encode_prompt, load_examples
+from export import CODE
 from gates import check_budget
 from generate import generate
-from load_weights import check_fit, load_model, load_tokenizer
+from load_weights import check_fit, find_folder, load_model, load_tokenizer
 from thresholds import make_policy
 from tokens import decode
 
 
 def opened(folder, device, dtype):
     """The model of a folder in transformers. InputError where that cannot be."""
+    folder = find_folder(folder)                                 # of a run the newest step
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -78,6 +80,8 @@ def main(argv=None):
         policies = {b: make_policy(model.config, "frozen", b) for b in dict.fromkeys(args.budgets)}
     except InputError as error:
         raise InputError(str(error).split(", or use --policy")[0].replace("budget ", "--budgets ", 1)) from None
+    if not (find_folder(args.exported) / CODE.name).is_file():
+        raise InputError(f"--exported {args.exported} is no export: export.py --model {args.model} --out FOLDER makes one")
     exported, dense = opened(args.exported, device, dtype), opened(args.dense, device, dtype)
     if getattr(dense.config, "gateskip", {}).get("gate"):
         raise InputError(f"--dense {args.dense} has gates: give the model without them")
@@ -105,16 +109,16 @@ def main(argv=None):
     right = {way: sum(is_right(decode(tokenizer, new), e.answer) for new, e in zip(answers[way], examples))
              for way in ways}
     ms = {way: 1000 * seconds[way] / sum(map(len, answers[way])) for way in ways}
-    print(f"\n{len(prompts)} problems of {args.data}, batches of {args.batch_size}, {torch.get_num_threads()} threads\n"
+    print(f"\n{len(prompts)} problems of {args.data}, batches of {args.batch_size}, threads: {torch.get_num_threads()}\n"
           "\n"
-          "                       right     same tokens   ms a token   as fast as dense there   as the export\n"
+          "                       right     same tokens   ms a token   as fast as dense there   as here\n"
           f"dense, there        {right['dense', None]:8}               {ms['dense', None]:11.2f}")
     for b in policies:
         same = sum(x == y for x, y in zip(answers["ours", b], answers["theirs", b]))
         for who, label in (("ours", "here"), ("theirs", "exported, there")):
             way = who, b
             print(f"{b:5.3f} {label:15} {right[way]:6} {same:15} {ms[way]:12.2f} {ms['dense', None] / ms[way]:24.2f}"
-                  + f"{ms['theirs', b] / ms[way]:16.2f}" * (who == "ours"))
+                  + f"{ms['ours', b] / ms[way]:10.2f}" * (who == "theirs"))
     return 0
 
 

@@ -93,12 +93,13 @@ def write_folder(model, tokenizer, card, out):
 
 
 def check_out(out):
-    """InputError unless `out` is new, or holds an earlier export and nothing else."""
-    ours = {*SAVED, CODE.name, "README.md"}
-    if os.path.lexists(out) and not (Path(out).is_dir() and (Path(out) / CODE.name).is_file()
-                                     and set(os.listdir(out)) <= ours):
+    """InputError unless `out` is new, an empty folder, or an earlier export and nothing else."""
+    held = set(os.listdir(out)) if out.is_dir() else set()
+    if os.path.lexists(out) and (not out.is_dir() or held and CODE.name not in held):
         raise InputError(f"--out {out} exists and is no export of this program: give the name of a new folder")
-    check_writable(Path(out).parent)
+    if more := sorted(held - {*SAVED, CODE.name, "README.md"}):
+        raise InputError(f"--out {out} holds {more[0]} beside an export: move it away, or give the name of a new folder")
+    check_writable(out.parent)
 
 
 def parse_args(argv):
@@ -106,7 +107,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--model", required=True, help="folder, a run's --out, or hub id; with gates and thresholds")
     add("--out", required=True, help="the folder to write; an earlier export is replaced")
-    add("--budget", type=check_budget, help="what it opens with; default: of those calibrated the nearest to 0.85")
+    add("--budget", type=check_budget, help="what it opens with; default: of those calibrated the one nearest to 0.85")
     return p.parse_args(argv)
 
 
@@ -122,19 +123,22 @@ def main(argv=None):
     check_fit(model, tokenizer)
     stored = model.config.gateskip
     if model.config.gate is None:
-        raise InputError(f"--model {args.model} has no gates: transformers opens it as it is")
+        raise InputError(f"--model {args.model} has no gates: transformers opens {folder} as it is")
     if "thresholds" not in stored:
         raise InputError(f"--model {args.model} has no thresholds, and in transformers nothing else decides who skips: "
                          "train.py calibrates at its end")
     known = sorted(map(float, stored["thresholds"]))
     budget = args.budget or min([b for b in known if b < 1.0] or known, key=lambda b: abs(b - 0.85))
-    thresholds_at(stored["thresholds"], budget)                  # InputError below the calibrated ones
+    try:
+        thresholds_at(stored["thresholds"], budget)
+    except InputError as error:                                  # the advice is of commands that have a --policy
+        raise InputError(f"--{str(error).split(', or use --policy')[0]}") from None
     config_for_transformers(model, budget)
     model.side_files["tokenizer_config.json"] = tokenizer_config(model, tokenizer)
     card = CARD.format(family="Gemma2" if model.config.gemma else "Llama", budget=budget,
                        unit="work" if stored.get("threshold") == "global" else "tokens in each branch",
                        known=", ".join(map(str, known)))
-    write_folder(model, tokenizer, card, out)
+    write_folder(model, tokenizer, card, out.resolve())          # a link stays one
     print(f"written: {out}, budget {budget}; calibrated: {', '.join(map(str, known))}")
     return 0
 

@@ -59,9 +59,9 @@ def policy_of(model, selector, budget):
         raise InputError(f"budget={budget}: {model.source} has no gates to decide what to skip: leave budget out, or "
                          "train some with train.py")
     if budget < lowest and selector == "frozen":
-        known = f"thresholds only for budgets from {lowest} on" if table else "no thresholds, which train.py measures"
-        raise InputError(f"budget={budget}, selector=frozen: {model.source} has {known}: give such a budget, or "
-                         "selector=batch")
+        known = (f"thresholds only for budgets from {lowest} on: give such a budget" if table else
+                 "no thresholds, which train.py measures at its end: let it finish")
+        raise InputError(f"budget={budget}, selector=frozen: {model.source} has {known}, or selector=batch")
     return make_policy(model.config, selector, budget)
 
 
@@ -76,12 +76,16 @@ class GateSkipLM(TemplateLM):
     max_gen_toks: new tokens where a task does not say. InputError for each argument that this model cannot take.
     """
 
-    def __init__(self, pretrained, budget=1.0, selector="frozen", batch_size=1, device=None, dtype="float32",
+    def __init__(self, pretrained=None, budget=1.0, selector="frozen", batch_size=1, device=None, dtype="float32",
                  max_length=None, add_bos_token=None, max_gen_toks=256, **unknown):
         super().__init__()
         if unknown:
             raise InputError(f"model_args: {', '.join(unknown)} is no argument of gateskip, which takes pretrained, "
                              "budget, selector, batch_size, device, dtype, max_length, add_bos_token, max_gen_toks")
+        if not pretrained:
+            raise InputError("model_args: pretrained is missing: give pretrained=RUN")
+        if batch_size == "auto":
+            raise InputError("batch_size=auto is not known here: give a number")
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         if add_bos_token not in (None, True, False):

@@ -40,7 +40,9 @@ class GateSkipGemma2Config(Gemma2Config):
 
 def thresholds_at(gateskip, branches):
     """One threshold per branch at gateskip["budget"], linear between the calibrated budgets; None: nobody skips."""
-    budget = float(gateskip["budget"])
+    budget = gateskip["budget"]
+    if not isinstance(budget, (int, float)):
+        raise ValueError(f"gateskip budget {budget!r} is no number")
     known = sorted((float(key), values) for key, values in gateskip["thresholds"].items())
     if not known[0][0] - 1e-9 <= budget <= 1.0:
         raise ValueError(f"gateskip budget {budget} is not between {known[0][0]}, the smallest calibrated one, and 1.0")

@@ -1,4 +1,5 @@
 """compare.py: what it says of two that agree, and of two that do not."""
+import json
 import shutil
 
 import made
@@ -10,7 +11,7 @@ import compare
 import export
 from conftest import complaint
 from gates import GateConfig
-from load_weights import save_model
+from load_weights import read_json, save_model
 from toy_runs import toy, words
 
 
@@ -33,7 +34,7 @@ def table(capsys, base, **flags):
     """{(budget, where): (right, same tokens or None)} as printed."""
     assert compare.main(words(**{"model": base / "run", "exported": base / "out", "dense": base / "dense", "limit": 6,
                                  "batch_size": 4, "max_new_tokens": 6, **flags})) == 0
-    lines = capsys.readouterr().out.split("export\n")[1].splitlines()
+    lines = capsys.readouterr().out.split("as here\n")[1].splitlines()
     assert lines[0].startswith("dense, there") and len(lines) == 7
     return [line.split() for line in lines[1:]]
 
@@ -56,7 +57,13 @@ def test_other_tokens(folders, capsys, monkeypatch):
 def test_a_folder_of_another_run(folders, tmp_path, monkeypatch):
     """Thresholds of an older calibration, compared as if they were the run's."""
     flags = dict(model=folders / "run", dense=folders / "dense", limit=2)
-    assert "is not of --model" in complaint(compare.main, words(exported=folders / "dense", **flags))
+    shutil.copytree(folders / "out", tmp_path / "old")
+    config = read_json(tmp_path / "old" / "config.json")
+    config["gateskip"]["thresholds"] = {"1.0": [0.0] * 4}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert "is not of --model" in complaint(compare.main, words(exported=tmp_path / "old", **flags))
+    for name in ("dense", "run"):
+        assert "is no export: export.py" in complaint(compare.main, words(exported=folders / name, **flags))
     assert "--dense" in complaint(compare.main, words(exported=folders / "out", **{**flags, "dense": folders / "out"}))
     assert "has no gates with frozen" in complaint(compare.main, words(exported=folders / "out", **{
         **flags, "model": folders / "dense"}))
@@ -66,4 +73,4 @@ def test_a_folder_of_another_run(folders, tmp_path, monkeypatch):
     (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "cut" / "model.safetensors").read_bytes()[:999])
     assert "transformers does not open it" in complaint(compare.main, words(exported=tmp_path / "cut", **flags))
     (tmp_path / "none").mkdir()
-    assert "transformers does not open it" in complaint(compare.main, words(exported=tmp_path / "none", **flags))
+    assert "has no config.json" in complaint(compare.main, words(exported=tmp_path / "none", **flags))

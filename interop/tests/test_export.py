@@ -124,7 +124,7 @@ def test_wrong_input_is_one_line(tmp_path):
     before = sorted(os.listdir(tmp_path))
     out = tmp_path / "out"
     for words, expected in [
-            (("--model", dense, "--out", out), "has no gates: transformers opens it as it is"),
+            (("--model", dense, "--out", out), f"has no gates: transformers opens {dense} as it is"),
             (("--model", bare, "--out", out), "has no thresholds, and in transformers nothing else decides"),
             (("--model", tmp_path / "none", "--out", out), "does not exist"),
             (("--model", folder, "--out", tmp_path / "theirs"), "exists and is no export of this program"),
@@ -132,7 +132,8 @@ def test_wrong_input_is_one_line(tmp_path):
             (("--model", folder, "--out", tmp_path / "file"), "exists and is no export of this program"),
             (("--model", folder, "--out", tmp_path / "link"), "exists and is no export of this program"),
             (("--model", folder, "--out", ""), "exists and is no export of this program"),
-            (("--model", folder, "--out", out, "--budget", "0.5"), "below the smallest calibrated one, 0.6"),
+            (("--model", folder, "--out", out, "--budget", "0.5"),
+             "--budget 0.5 is below the smallest calibrated one, 0.6"),
             (("--model", folder, "--out", out, "--budget", "2"), "outside (0, 1]"), (("--model", folder), "--out")]:
         assert expected in complaint(write, *words), words
     assert sorted(os.listdir(tmp_path)) == before
@@ -142,8 +143,25 @@ def test_an_export_with_more_in_it_stays(tmp_path):
     """A note that someone wrote into an export, deleted with it."""
     pair(tmp_path, FAMILIES["llama"](GateConfig("scalar")))
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "is no export of this program" in complaint(write, "--model", tmp_path / "run", "--out", tmp_path / "out")
+    assert "holds notes.txt beside an export: move it away" in complaint(write, "--model", tmp_path / "run", "--out", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_an_export_stays_a_link(tmp_path):
+    """A link that is replaced by a folder, while its own keeps the older export."""
+    pair(tmp_path, FAMILIES["llama"](GateConfig("scalar")))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    write("--model", tmp_path / "run", "--out", tmp_path / "link", "--budget", "0.6")
+    assert (tmp_path / "link").is_symlink() and opened(tmp_path / "out").config.gateskip["budget"] == 0.6
+    assert sorted(os.listdir(tmp_path)) == ["link", "out", "run"]
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    """mkdir before the command, and a refusal."""
+    folder = run_folder(tmp_path / "run", FAMILIES["llama"](GateConfig("scalar")))
+    (tmp_path / "out").mkdir()
+    write("--model", folder, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_a_full_disk_leaves_the_older_export(tmp_path, monkeypatch):

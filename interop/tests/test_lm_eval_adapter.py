@@ -350,16 +350,17 @@ def test_a_mistake_on_the_command_line_is_one_line(folders):
     ("gated", {"budget": "much"}, "budget 'much' is no number"),
     ("gated", {"budget": 0.5}, "thresholds only for budgets from 0.6 on: give such a budget, or selector=batch"),
     ("gated", {"budget": 0.6, "selector": "none"}, "leave one of them out"),
-    ("uncalibrated", {"budget": 0.6}, "no thresholds, which train.py measures: give such a budget, or selector=batch"),
+    ("uncalibrated", {"budget": 0.6}, "no thresholds, which train.py measures at its end: let it finish, or selector=batch"),
     ("llama", {"budget": 0.6}, "no gates to decide what to skip: leave budget out"),
-    ("llama", {"batch_size": "auto"}, "batch_size: 'auto' must be a whole number of at least 1"),
+    ("llama", {"batch_size": "auto"}, "batch_size=auto is not known here: give a number"),
     ("llama", {"max_length": 65}, "max_length: '65' must be a whole number of at least 1 and at most 64"),
     ("llama", {"max_length": 0}, "max_length: '0'"), ("llama", {"dtype": "int8"}, "dtype=int8 is not one of"),
     ("llama", {"device": "tpu"}, "--device tpu"), ("llama", {"add_bos_token": "yes"}, "add_bos_token=yes"),
-    ("llama", {"budgets": 0.6}, "budgets is no argument of gateskip")])
+    ("llama", {"budgets": 0.6}, "budgets is no argument of gateskip"),
+    (None, {"budget": 0.8}, "pretrained is missing")])
 def test_wrong_arguments(folders, name, arguments, said):
     """A traceback, or a run at another budget than the one that was asked for."""
-    assert said in complaint(GateSkipLM, folders[name], **{"device": "cpu", **arguments})
+    assert said in complaint(GateSkipLM, name and folders[name], **{"device": "cpu", **arguments})
 
 
 def test_the_paper_selector_needs_no_thresholds(folders):
