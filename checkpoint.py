@@ -148,7 +148,9 @@ def open_run(args, settings):
         return _resume(out, settings)
     there = sorted(path.name for path in out.iterdir() if path.name != ".lock")
     if there and not args.overwrite:
-        raise InputError(f"--out {out} already holds files: --resume goes on with that run, --overwrite deletes it")
+        raise InputError(f"--out {out} already holds files: " + (
+            "--resume goes on with that run, --overwrite deletes it" if any(re.fullmatch(RUN_FILES, n) for n in there)
+            else f"{there[0]}, and none of a run: choose another --out"))
     for flag in ("model", "init_config", "data", "eval_data", "teacher"):
         value = getattr(args, flag)
         files = [Path(value), *Path(value).glob("*")] if there and value else []     # a folder's may be links

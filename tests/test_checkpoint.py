@@ -555,6 +555,8 @@ def test_out_that_holds_another_run(folder, unbroken, tmp_path):
     with pytest.raises(InputError, match="already holds files: --resume .* --overwrite"):
         run(folder, out)
     same_bits(state(out), state(unbroken["linear"]))
+    with pytest.raises(InputError, match="config.json, and none of a run: choose another --out"):        # a model's
+        run(folder, folder)
     assert run(folder, out, "--overwrite", steps=1) == 0
     assert sorted(p.name for p in out.iterdir()) == [".lock", "latest", "metrics.jsonl", "step-000001"]
     assert len(metrics(out)) == 1
