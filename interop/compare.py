@@ -81,7 +81,8 @@ def main(argv=None):
     except InputError as error:
         raise InputError(str(error).split(", or use --policy")[0].replace("budget ", "--budgets ", 1)) from None
     if not (find_folder(args.exported) / CODE.name).is_file():
-        raise InputError(f"--exported {args.exported} is no export: export.py --model {args.model} --out FOLDER makes one")
+        raise InputError(f"--exported {args.exported} is no export: export.py --model {args.model} --out FOLDER "
+                         "makes one")
     exported, dense = opened(args.exported, device, dtype), opened(args.dense, device, dtype)
     if getattr(dense.config, "gateskip", {}).get("gate"):
         raise InputError(f"--dense {args.dense} has gates: give the model without them")
@@ -109,7 +110,8 @@ def main(argv=None):
     right = {way: sum(is_right(decode(tokenizer, new), e.answer) for new, e in zip(answers[way], examples))
              for way in ways}
     ms = {way: 1000 * seconds[way] / sum(map(len, answers[way])) for way in ways}
-    print(f"\n{len(prompts)} problems of {args.data}, batches of {args.batch_size}, threads: {torch.get_num_threads()}\n"
+    print(f"\n{len(prompts)} problems of {args.data}, batches of {args.batch_size}, threads: "
+          f"{torch.get_num_threads()}\n"
           "\n"
           "                       right     same tokens   ms a token   as fast as dense there   as here\n"
           f"dense, there        {right['dense', None]:8}               {ms['dense', None]:11.2f}")

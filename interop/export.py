@@ -98,7 +98,8 @@ def check_out(out):
     if os.path.lexists(out) and (not out.is_dir() or held and CODE.name not in held):
         raise InputError(f"--out {out} exists and is no export of this program: give the name of a new folder")
     if more := sorted(held - {*SAVED, CODE.name, "README.md"}):
-        raise InputError(f"--out {out} holds {more[0]} beside an export: move it away, or give the name of a new folder")
+        raise InputError(f"--out {out} holds {more[0]} beside an export: move it away, or give the name of a new "
+                         "folder")
     check_writable(out.parent)
 
 

