@@ -31,7 +31,7 @@ from data import encode_prompt, load_examples
 from disk import write
 from generate import generate
 from load_weights import check_fit, load_model, load_tokenizer, model_digest
-from opened import check_own, open_model
+from opened import check_own
 from savings import Savings
 from thresholds import make_policy
 
@@ -63,7 +63,7 @@ def main(argv=None):
     if args.peer and find_spec("transformers") is None:
         raise InputError("--peer transformers: it is not installed (pip install transformers)")
     check_own("--out", args.out, "command", "digest", "rows")
-    model, tokenizer = open_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     check_fit(model, tokenizer)
     if "thresholds" not in model.config.gateskip:
         raise InputError(f"--model {args.model} has no gates with frozen thresholds: give a run that train.py finished")
