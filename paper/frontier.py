@@ -7,12 +7,10 @@ Gated models and random skipping are those of table5_ablations.py. Smaller model
 turn the hidden states least (shortgpt.py), tuned again; and models of fewer layers or less width, trained from
 scratch as the embedded one was, on as many problems, and then tuned as the dense one is.
 """
-import contextlib
 import io
 import json
 import shutil
 import sys
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -68,7 +66,7 @@ def macs_of_answers(config, items):
 def start_of(name, size, seed, folder):
     """Make the smaller model that is to be tuned, in `folder`."""
     if isinstance(size, int):
-        tuned = table5_ablations.folder_of(table5_ablations.TUNED, seed)
+        tuned = study.folder_of(table5_ablations.TUNED, seed)
         if not testbed.finished(tuned):
             testbed.trained(["--gate none".split()], seed, tuned)
         shortgpt.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
@@ -86,13 +84,11 @@ def start_of(name, size, seed, folder):
 
 def one(name, seed, threads):
     """Make, tune and measure a smaller model: an entry of the results."""
-    torch.set_num_threads(threads)
     size = next(sizes[name] for sizes in SMALLER.values() if name in sizes)
-    folder = table5_ablations.folder_of(name, seed)
+    folder = study.folder_of(name, seed)
     start = folder.with_name(f"{folder.name}-start")
     shutil.rmtree(start, ignore_errors=True)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log):
+    with study.logged(folder, threads):
         start_of(name, size, seed, start)
         testbed.trained([["--gate", "none", "--model", str(start)]], seed, folder)
         row = testbed.sweep(folder, ["none"], seed)[0]
@@ -102,9 +98,8 @@ def one(name, seed, threads):
     shutil.rmtree(folder)
     shutil.rmtree(start)
     saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]
-    return {"model": name, "seed": seed, "date": str(date.today()), "commit": study.commit(),
-            "accuracy": row["accuracy"], "n": row["n"], "macs_saved": saved[0].item(),
-            "answer": {"macs_saved": saved[1].item()}}
+    return study.entry_of(name, seed, accuracy=row["accuracy"], n=row["n"], macs_saved=saved[0].item(),
+                          answer={"macs_saved": saved[1].item()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

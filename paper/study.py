@@ -2,11 +2,13 @@
 
 An entry is a dict with "model" and "seed", by which it is known, and whatever was measured.
 """
+import contextlib
 import json
 import multiprocessing
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,6 +63,25 @@ def study(file, rounds, one, jobs):
                         bar.update()
                 finally:
                     pool.shutdown(cancel_futures=True)
+
+
+def folder_of(name, seed):
+    """Where a model of that name is trained."""
+    return WORK / f"{name.replace(',', '').replace(' ', '-')}-s{seed}"
+
+
+@contextlib.contextmanager
+def logged(folder, threads):
+    """With so many of torch's threads; what is printed meanwhile goes to the end of FOLDER.log."""
+    torch.set_num_threads(threads)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log):
+        yield
+
+
+def entry_of(name, seed, **measured):
+    """An entry, with today's date and the commit."""
+    return {"model": name, "seed": seed, "date": str(date.today()), "commit": commit(), **measured}
 
 
 def commit():

@@ -8,12 +8,10 @@ Every row is trained by train.py's own loop from the same model, for as many ste
 answers it generates; each method's own work (its routers, its softmax tests) is paid. GateSkip, dense and random are
 those of table5_ablations.py. Stopped, it goes on with the same command.
 """
-import contextlib
 import shutil
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from console import InputError, run
 from flags import Parser, seed_number, whole
 
-import torch
 from tqdm import tqdm
 
 import calm
@@ -140,10 +137,8 @@ def sweep(method, folder, seed):
 
 def one(name, seed, threads, stays=False):
     """Train and measure: an entry of the results. stays: the trained folder, too, and its name is printed."""
-    torch.set_num_threads(threads)
-    started, method, folder = time.perf_counter(), EVERY[name], table5_ablations.folder_of(name, seed)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log):
+    started, method, folder = time.perf_counter(), EVERY[name], study.folder_of(name, seed)
+    with study.logged(folder, threads):
         testbed.trained([method.flags.split()], seed, folder, tried=method.training)
         trained = time.perf_counter() - started
         rows = sweep(method, folder, seed)
@@ -151,9 +146,8 @@ def one(name, seed, threads, stays=False):
         tqdm.write(f"{name}, seed {seed}: {folder}")
     else:
         shutil.rmtree(folder)
-    return {"model": name, "seed": seed, "flags": method.flags, "date": str(date.today()), "commit": study.commit(),
-            "seconds": [round(trained), round(time.perf_counter() - started - trained)],
-            "testbed": [testbed.STEPS, testbed.PROBLEMS], "rows": rows}
+    return study.entry_of(name, seed, flags=method.flags, testbed=[testbed.STEPS, testbed.PROBLEMS], rows=rows,
+                          seconds=[round(trained), round(time.perf_counter() - started - trained)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

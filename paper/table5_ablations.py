@@ -11,15 +11,12 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, run
 from flags import Parser, seed_number, whole
-
-import torch
 
 import study
 import testbed
@@ -116,22 +113,14 @@ def models():
 # Training and measuring, one model and seed at a time
 # ---------------------------------------------------------------------------------------------------------------------
 
-def folder_of(name, seed):
-    return study.WORK / f"{name.replace(',', '').replace(' ', '-')}-s{seed}"
-
-
 def one(name, seed, threads):
     """Train and measure: an entry of the results. The tuned dense model stays for those that begin with it; TUNED makes
     it and measures nothing."""
-    torch.set_num_threads(threads)
-    stays, known = name in (TUNED, "dense"), models()
-    started, model, folder = time.perf_counter(), known["dense" if stays else name], folder_of(name, seed)
-    if stays:
-        folder = folder_of(TUNED, seed)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log):
+    stays, started = name in (TUNED, "dense"), time.perf_counter()
+    model, folder = models()["dense" if stays else name], study.folder_of(TUNED if stays else name, seed)
+    with study.logged(folder, threads):
         if not (stays and testbed.finished(folder)):
-            stages = [flags.replace("{}", str(folder_of(TUNED, seed))).split() for flags in model.stages]
+            stages = [flags.replace("{}", str(study.folder_of(TUNED, seed))).split() for flags in model.stages]
             tried = testbed.TRIED[model.tried] if model.tried else contextlib.nullcontext
             testbed.trained(stages, seed, folder, tried=tried)
         if name == TUNED:
@@ -141,9 +130,9 @@ def one(name, seed, threads):
     if not stays:
         shutil.rmtree(folder)
     names = {view: row for row, view in model.views.items()}
-    return {"model": name, "seed": seed, "flags": model.stages, "tried": model.tried, "date": str(date.today()),
-            "commit": study.commit(), "seconds": [round(trained), round(time.perf_counter() - started - trained)],
-            "testbed": [testbed.STEPS, testbed.PROBLEMS], "rows": [{"row": names[r["view"]], **r} for r in found]}
+    return study.entry_of(name, seed, flags=model.stages, tried=model.tried, testbed=[testbed.STEPS, testbed.PROBLEMS],
+                          seconds=[round(trained), round(time.perf_counter() - started - trained)],
+                          rows=[{"row": names[r["view"]], **r} for r in found])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import contextlib
 import shutil
 import sys
 import time
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, run
 from flags import Parser, seed_number, whole
-
-import torch
 
 import shortgpt
 import study
@@ -78,13 +75,11 @@ def of_the_whole(row, config, dense, items):
 
 def one(name, seed, threads):
     """Train, make smaller in every way, and measure: an entry of the results, "bytes" of each row with it."""
-    torch.set_num_threads(threads)
-    started, folder = time.perf_counter(), table5_ablations.folder_of(name, seed)
+    started, folder = time.perf_counter(), study.folder_of(name, seed)
     sizes = {row: [] for row in ROWS}
     views = {row: partial(made_smaller, change, sizes[row]) for row, change in ROWS.items()}
     method = table1_baselines.Method(table5_ablations.OURS, contextlib.nullcontext, views)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
-            contextlib.redirect_stderr(log):
+    with study.logged(folder, threads):
         testbed.trained([method.flags.split()], seed, folder)
         trained = time.perf_counter() - started
         rows = table1_baselines.sweep(method, folder, seed)
@@ -93,10 +88,9 @@ def one(name, seed, threads):
     for row in rows:
         of_the_whole(row, sizes[row["row"]][0][1], dense, items)
     shutil.rmtree(folder)
-    return {"model": name, "seed": seed, "flags": method.flags, "date": str(date.today()), "commit": study.commit(),
-            "seconds": [round(trained), round(time.perf_counter() - started - trained)],
-            "testbed": [testbed.STEPS, testbed.PROBLEMS], "bytes": {row: found[0][0] for row, found in sizes.items()},
-            "rows": rows}
+    return study.entry_of(name, seed, flags=method.flags, testbed=[testbed.STEPS, testbed.PROBLEMS],
+                          seconds=[round(trained), round(time.perf_counter() - started - trained)],
+                          bytes={row: found[0][0] for row, found in sizes.items()}, rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_a_model_is_trained_and_measured(small, name):
     """A view that cannot run, a stage that begins anew, a folder that stays, flags that train.py refuses."""
     model = table5.models()[name]
     if any("{}" in flags for flags in model.stages):
-        assert table5.one(table5.TUNED, 1, 1) is None and testbed.finished(table5.folder_of(table5.TUNED, 1))
+        assert table5.one(table5.TUNED, 1, 1) is None and testbed.finished(table5.study.folder_of(table5.TUNED, 1))
     entry = table5.one(name, 1, 1)
     assert {r["row"] for r in entry["rows"]} == set(model.views) and entry["flags"] == model.stages
     assert [r["budget"] for r in entry["rows"]] == [
