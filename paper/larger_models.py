@@ -1,0 +1,76 @@
+"""Do larger models gain more from gates? The embedded model at three depths, with gates and without, over seeds.
+
+    python paper/larger_models.py --jobs 2                       # all that paper/results/larger.json lacks yet
+    python paper/larger_models.py --from-results                 # the tables again, without training
+
+The shallower ones are trained from scratch as the embedded one was (frontier.py); then each is tuned twice, dense and
+by our recipe. Savings are of each model's own dense work: the second table asks what gates cost a model of that size.
+"""
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from console import InputError, run
+from flags import Parser, seed_number, whole
+
+import frontier
+import study
+import testbed
+from table5_ablations import OURS, TARGETS, curve, table
+
+FILE = "larger.json"
+SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6), "8 layers": None}
+
+
+def one(name, seed, threads):
+    """Make a model of that size, tune and measure it with gates and without: an entry of the results."""
+    folder, start = study.folder_of(f"larger {name}", seed), testbed.START
+    rows = []
+    with study.logged(folder, threads):
+        if SIZES[name]:
+            start = folder.with_name(f"{folder.name}-start")
+            frontier.start_of(name, SIZES[name], seed, start)
+        for row, flags, view in ((name, OURS, "frozen"), (f"{name}, dense", "--gate none", "none")):
+            testbed.trained([f"{flags} --model {start}".split()], seed, folder)
+            rows += [{"row": row, **r} for r in testbed.sweep(folder, [view], seed)]
+    shutil.rmtree(folder)
+    if SIZES[name]:
+        shutil.rmtree(start)
+    return study.entry_of(name, seed, flags=OURS, testbed=[testbed.STEPS, testbed.PROBLEMS], rows=rows)
+
+
+def of_dense(runs):
+    """Markdown lines: what is left of the dense accuracy of the same size and seed, %, at exactly TARGETS."""
+    lines = ["| of its own dense model | seeds | " + " | ".join(f"{t}%" for t in TARGETS) + " |",
+             "|---" * (len(TARGETS) + 2) + "|"]
+    for name in SIZES:
+        left = []
+        for r in (r for r in runs if r["model"] == name):
+            dense = next(row["accuracy"] for row in r["rows"] if row["row"] == f"{name}, dense")
+            gated = [row for row in r["rows"] if row["row"] == name]
+            left.append(curve([(row["macs_saved"], row["accuracy"] / dense) for row in gated]))
+        if left:
+            lines.append(f"| {name} | {len(left)} | " + " | ".join(map(study.spread, zip(*left))) + " |")
+    return lines
+
+
+def main(argv=None):
+    p = Parser("Gates on models of three sizes: what they cost at the same share of MACs saved.")
+    p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="to train (default: all)")
+    p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of the trainings")
+    p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
+    p.add_argument("--from-results", action="store_true", help="print the tables of what is there, train nothing")
+    args = p.parse_args(argv)
+    if not args.from_results:
+        study.study(FILE, [[(name, seed) for seed in args.seeds for name in args.sizes]], one, args.jobs)
+    if not (runs := study.entries(FILE)):
+        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+    print("exact answers, %, mean ± sample deviation over seeds; -: not reached\n")
+    rows = [row for name in SIZES for row in (f"{name}, dense", name)]
+    print("\n".join([*table(runs, "macs_saved", rows), "", *of_dense(runs)]))
+
+
+if __name__ == "__main__":
+    run(main, interrupted="the tables stand as they are; the same command goes on with them")

@@ -1,0 +1,41 @@
+"""Tests of paper/larger_models.py: each size is made and measured with gates and without; what is left of dense."""
+import sys
+
+import pytest
+
+from conftest import complaint
+from load_weights import load_model
+from toy_runs import ROOT, folder, words
+
+sys.path.insert(0, str(ROOT / "paper"))
+import larger_models as larger
+import study
+from test_table5 import small
+
+
+@pytest.mark.parametrize("name, layers", [("4 layers", 4), ("8 layers", 2)])     # 8: the toy in its place
+def test_a_size_is_made_tuned_and_measured(small, monkeypatch, name, layers):
+    """A model of another size, gates where there should be none, folders that stay."""
+    monkeypatch.setattr(larger.frontier, "SCRATCH", [*larger.frontier.SCRATCH[:2], *words(
+        steps=2, batch_size=2, seq_len=160, lr=1e-3, warmup=1, eval_limit=3)])
+    made, sweep = [], larger.testbed.sweep
+    monkeypatch.setattr(larger.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
+                        or sweep(folder, *args))
+    entry = larger.one(name, 1, 1)
+    assert [(c.num_hidden_layers, bool(c.gateskip)) for c in made] == [(layers, True), (layers, False)]
+    assert [r["row"] for r in entry["rows"]] == [name, name, f"{name}, dense"]
+    assert not any(path.is_dir() for path in study.WORK.iterdir())
+
+
+def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):
+    """Another seed's dense model, or accuracies in place of shares."""
+    assert "leave out --from-results" in complaint(larger.main, ["--from-results"])
+    for seed, dense, ends in ((1, 0.8, 0.4), (2, 0.5, 0.5)):
+        rows = [{"row": "4 layers", "macs_saved": x, "skipped": x, "accuracy": y}
+                for x, y in ((0.0, dense), (0.4, ends))]
+        dense_row = {"row": "4 layers, dense", "macs_saved": 0.0, "skipped": 0.0, "accuracy": dense}
+        study.keep(larger.FILE, {"model": "4 layers", "seed": seed, "rows": [*rows, dense_row]})
+    larger.main(["--from-results"])
+    accuracy, left = capsys.readouterr().out.split("\n\n")[1:]
+    assert "| 4 layers, dense | 2 | 65.0±21.2 | - |" in accuracy
+    assert "| 4 layers | 2 | 100.0±0.0 |" in left and "| 75.0±35.4 | - |" in left          # at 40 and 50%
