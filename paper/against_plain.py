@@ -1,4 +1,4 @@
-"""Ways of writing what plain greedy decoding writes (speculative.py, layerskip.py), timed against it, in turns.
+"""Ways of writing what plain decoding writes (speculative.py, layerskip.py), timed against it, in turns.
 
 Shapes: R rounds of timing.
 """
@@ -14,52 +14,54 @@ from console import InputError
 import torch
 from tqdm import tqdm
 
-from generate import generate
+from generate import Sampling, generate
 
 
-def plain(model, prompt, new_tokens, eos_ids):
-    """Full budget, greedily, token by token: (new ids, MACs, seconds); the prefill and its token are left out."""
+def plain(model, prompt, new_tokens, eos_ids, sampling=Sampling()):
+    """Full budget, token by token: (new ids, MACs, seconds); the prefill and its token are left out."""
     times = []                                                   # when each new token came
-    done = generate(model, [prompt], new_tokens, None, eos_ids, on_token=lambda *_: times.append(perf_counter()))
+    done = generate(model, [prompt], new_tokens, None, eos_ids, sampling,
+                    on_token=lambda *_: times.append(perf_counter()))
     answer = done.savings.report().get("answer", {"macs": 0})    # none where the first token ends it
     return done.tokens[0], answer["macs"], times[-1] - times[0]
 
 
-def compare(model, ways, prompts, new_tokens, eos_ids, repeats):
+def compare(model, ways, prompts, new_tokens, eos_ids, repeats, sampling=Sampling()):
     """Print a table of ways against plain and return its rows, dicts. All take turns at each prompt, R = repeats times.
 
-    ways: {(name, gamma): once}; once(prompt) -> (speculative.Speculation, MACs of its rounds), greedy. The prefill and
-    its token are left out. Times are ratios of medians; beside them the least and the greatest of a round.
-    InputError where there is nothing to draft.
+    ways: {(name, gamma): once}; once(prompt) -> (speculative.Speculation, MACs of its rounds), drawn as sampling says.
+    The prefill and its token are left out. Times are ratios of medians; beside them the least and the greatest of a
+    round. Sampled texts differ by chance: "same" is None. InputError where there is nothing to draft.
     """
     base, same = torch.zeros(repeats, 3, dtype=torch.float64), dict.fromkeys(ways, 0)        # tokens, MACs, seconds
     sums = {way: torch.zeros(repeats, 7, dtype=torch.float64) for way in ways}   # (R, 7), named where they are read
     for i in tqdm(range(repeats * len(prompts)), leave=False):
         turn, which = divmod(i, len(prompts))
-        ids, macs, seconds = plain(model, prompts[which], new_tokens, eos_ids)
+        ids, macs, seconds = plain(model, prompts[which], new_tokens, eos_ids, sampling)
         base[turn] += torch.tensor([len(ids) - 1, macs, seconds], dtype=torch.float64)
         for way, once in ways.items():
             f, macs = once(prompts[which])
             same[way] += f.tokens == ids
             sums[way][turn] += torch.tensor([len(f.tokens) - 1, f.rounds, f.drafted, f.accepted, macs, f.drafting,
                                              f.verifying], dtype=torch.float64)
-    if not base[0, 0]:
+    if not base[:, 0].all():
         raise InputError("every answer ends at its first token: there is nothing to draft")
-    seconds, macs, rows = base[:, 2] / base[:, 0], (base[0, 1] / base[0, 0]).item(), []      # (R,)
+    seconds, macs, rows = base[:, 2] / base[:, 0], (base[:, 1].sum() / base[:, 0].sum()).item(), []      # (R,)
     step = median(seconds.tolist())
     print(f"plain: {1000 * step:.2f} ms, {macs / 1e6:.2f} M multiply-accumulates (MACs) a token. Over plain, per token:"
           "\nMACs (always above 1: each token is verified), time. In plain steps: a draft step, a verifier's pass"
           "\ndraft         gamma accepted tokens/round passes/token  MACs  time (least-most)   step  pass  same texts")
     for (name, gamma), turns in sums.items():
-        made, rounds, drafted, accepted, work = turns[0, :5].tolist()            # the same in each round
-        ours = turns[:, 5:].sum(1) / made                                        # (R,) seconds per token
+        made, rounds, drafted, accepted, work = turns[:, :5].mean(0).tolist()    # of a round
+        ours = turns[:, 5:].sum(1) / turns[:, 0]                                 # (R,) seconds per token
         rows.append({"draft": name, "gamma": gamma, "tokens": made, "acceptance": accepted / drafted,
                      "tokens_per_round": made / rounds, "passes_per_token": rounds / made, "macs": work / made / macs,
                      "plain_ms": 1000 * step, "time": median(ours.tolist()) / step,
                      "least": (ours / seconds).min().item(), "most": (ours / seconds).max().item(),
                      "step": median(turns[:, 5].tolist()) / drafted / step,
-                     "pass": median(turns[:, 6].tolist()) / rounds / step, "same": same[name, gamma],
-                     "of": repeats * len(prompts)})
+                     "pass": median(turns[:, 6].tolist()) / rounds / step,
+                     "same": None if sampling.temperature else same[name, gamma], "of": repeats * len(prompts)})
         print("{draft:13} {gamma:5} {acceptance:8.1%} {tokens_per_round:12.2f} {passes_per_token:12.2f} {macs:5.2f} "
-              "{time:5.2f} ({least:.2f}-{most:.2f}) {step:6.2f} {pass:5.2f}  {same} of {of}".format(**rows[-1]))
+              "{time:5.2f} ({least:.2f}-{most:.2f}) {step:6.2f} {pass:5.2f}  ".format(**rows[-1])
+              + ("-" if sampling.temperature else "{same} of {of}".format(**rows[-1])))
     return rows

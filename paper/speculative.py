@@ -29,7 +29,7 @@ from time import perf_counter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, whole
+from flags import Parser, add_machine_flags, real, seed_number, whole
 
 import torch
 
@@ -38,6 +38,7 @@ from bench import rewind
 from data import load_examples
 from disk import write
 from gates import check_budget
+from generate import Sampling
 from load_weights import model_digest
 from opened import check_own, open_with_items
 from rows import KVCache
@@ -140,16 +141,16 @@ def verify_pass(model, savings, cache, ids):
     return logits.flatten(0, -2)                                                 # (S, V), or (1, V)
 
 
-def one(model, policy, gamma, new_tokens, eos_ids, prompt):
-    """Speculate greedily: (Speculation, MACs of its rounds)."""
-    savings = Savings(model.config)
-    found = speculate(model, prompt, new_tokens, gamma, partial(draft_steps, model, policy, savings, eos_ids),
-                      partial(verify_pass, model, savings), eos_ids)
+def one(model, policy, gamma, new_tokens, eos_ids, sampling, prompt):
+    """Speculate: (Speculation, MACs of its rounds)."""
+    savings, how = Savings(model.config), dict(temperature=sampling.temperature, generator=sampling.generator)
+    found = speculate(model, prompt, new_tokens, gamma, partial(draft_steps, model, policy, savings, eos_ids, **how),
+                      partial(verify_pass, model, savings), eos_ids, **how)
     return found, sum(part["macs"] for name, part in savings.report().items() if name in ("draft", "verify"))
 
 
 def main(argv=None):
-    p = Parser("Self-speculative decoding against plain greedy decoding of the same model at full budget.")
+    p = Parser("Self-speculative decoding against plain decoding of the same model at full budget.")
     add = p.add_argument
     add("--model", required=True, metavar="RUN", help="a calibrated model with gates: folder, a run's --out, or hub id")
     add("--draft-budgets", type=check_budget, nargs="+", default=[0.8, 0.7], metavar="B", help="of the frozen table")
@@ -157,6 +158,8 @@ def main(argv=None):
     add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
     add("--limit", type=whole(1), default=20, help="the first N questions")
     add("--new-tokens", type=whole(3), default=48, help="of an answer, at most; the first is the prefill's, not timed")
+    add("--temperature", type=real(0.0), default=0.0, help="of both; 0 is greedy")
+    add("--seed", type=seed_number, default=0, help="of sampling")
     add("--repeats", type=whole(1), default=5, help="rounds of timing")
     add("--out", required=True, metavar="JSON", help="the file of the rows")
     add_machine_flags(p)
@@ -174,10 +177,11 @@ def main(argv=None):
     if not prompts or n > room:
         raise InputError(f"--new-tokens {n}: the longest prompt of --data leaves the model room for {room}")
     policies = {budget: make_policy(model.config, "frozen", budget) for budget in args.draft_budgets}
-    ways = {(f"budget {budget:g}", gamma): partial(one, model, policy, gamma, n, eos)
+    sampling = Sampling(args.temperature, generator=torch.Generator(device).manual_seed(args.seed))
+    ways = {(f"budget {budget:g}", gamma): partial(one, model, policy, gamma, n, eos, sampling)
             for budget, policy in policies.items() for gamma in args.gammas}
     print(f"{args.model}: {len(prompts)} prompts, {args.repeats} rounds of timing, {torch.get_num_threads()} threads")
-    rows = compare(model, ways, prompts, n, eos, args.repeats)
+    rows = compare(model, ways, prompts, n, eos, args.repeats, sampling)
     write(args.out, json.dumps({"command": " ".join(map(str, argv or sys.argv)), "digest": model_digest(model.source),
                                 "threads": torch.get_num_threads(), "drafts": rows}, indent=1))
     print(f"written: {args.out}")

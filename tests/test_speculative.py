@@ -12,7 +12,7 @@ import torch
 from conftest import VOCAB, build, complaint, families, frozen, llama, mixed, new_cache, same, tokens
 from data import encode_prompt
 from gates import GateConfig, SkipPolicy
-from generate import generate
+from generate import Sampling, generate
 from load_weights import load_model, load_tokenizer, save_model
 from problems import arithmetic
 from savings import Savings, macs_of
@@ -281,7 +281,7 @@ def test_ratios_are_of_medians_and_all_take_turns(monkeypatch, capsys):
     turns, texts = [], {"a": [1, 2, 3, 4, 5], "b": [1, 2, 3]}                                    # 4 and 2 tokens, timed
     seconds = {"plain": iter([4, 2, 7, 2, 1, 2]), "way": iter([(1, 1), (2, 2), (5, 2), (0, 2), (1, 1), (1, 1)])}
 
-    def plain(model, prompt, new_tokens, eos_ids):
+    def plain(model, prompt, new_tokens, eos_ids, sampling):
         turns.append(("plain", prompt, new_tokens, eos_ids))
         return texts[prompt], 60, next(seconds["plain"])
 
@@ -330,13 +330,25 @@ def test_the_command_measures_what_was_asked(models, tmp_path):
     model = load_model(models["calibrated"])
     for r, (budget, gamma) in zip(rows, product((1.0, 0.5), (2, 3)), strict=True):
         made = [speculative.one(model, make_policy(model.config, "frozen", budget), gamma, 9, set(model.config.eos_ids),
-                                prompt) for prompt in PROMPTS[:2]]
+                                Sampling(), prompt) for prompt in PROMPTS[:2]]
         base = sum(against_plain.plain(model, prompt, 9, set(model.config.eos_ids))[1] for prompt in PROMPTS[:2])
         total = lambda name: sum(getattr(found, name) for found, _ in made)
         assert (r["draft"], r["gamma"], r["same"], r["of"]) == (f"budget {budget:g}", gamma, 4, 4)
         assert (r["acceptance"], r["tokens"]) == (total("accepted") / total("drafted"), 16)
         assert r["macs"] == pytest.approx(sum(macs for _, macs in made) / base) and r["macs"] > 1
     assert rows[0]["acceptance"] == 1.0 > rows[2]["acceptance"]
+
+
+def test_the_command_samples(models, tmp_path, monkeypatch, capsys):
+    """Greedy drafts or verifying under a temperature, another seed, a count of texts that chance made the same."""
+    asked = []
+    plain = against_plain.plain
+    monkeypatch.setattr(against_plain, "plain", lambda *args: asked.append(args[-1]) or plain(*args))
+    flags = dict(model=models["calibrated"], draft_budgets=0.5, gammas=2, temperature=2)
+    first, again, other = ([{key: row[key] for key in ("tokens", "acceptance", "macs", "same")}
+                            for row in measured(tmp_path / "rows.json", **flags, seed=seed)] for seed in (1, 1, 2))
+    assert first == again != other and first[0]["same"] is None and {s.temperature for s in asked} == {2.0}
+    assert " -\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_refused_before_the_work(models, tmp_path, monkeypatch):
