@@ -141,7 +141,7 @@ def verify_pass(model, savings, cache, ids):
     return logits.flatten(0, -2)                                                 # (S, V), or (1, V)
 
 
-def one(model, policy, gamma, new_tokens, eos_ids, sampling, prompt):
+def one(model, policy, gamma, new_tokens, eos_ids, prompt, sampling=Sampling()):
     """Speculate: (Speculation, MACs of its rounds)."""
     savings, how = Savings(model.config), dict(temperature=sampling.temperature, generator=sampling.generator)
     found = speculate(model, prompt, new_tokens, gamma, partial(draft_steps, model, policy, savings, eos_ids, **how),
@@ -178,7 +178,7 @@ def main(argv=None):
         raise InputError(f"--new-tokens {n}: the longest prompt of --data leaves the model room for {room}")
     policies = {budget: make_policy(model.config, "frozen", budget) for budget in args.draft_budgets}
     sampling = Sampling(args.temperature, generator=torch.Generator(device).manual_seed(args.seed))
-    ways = {(f"budget {budget:g}", gamma): partial(one, model, policy, gamma, n, eos, sampling)
+    ways = {(f"budget {budget:g}", gamma): partial(one, model, policy, gamma, n, eos, sampling=sampling)
             for budget, policy in policies.items() for gamma in args.gammas}
     print(f"{args.model}: {len(prompts)} prompts, {args.repeats} rounds of timing, {torch.get_num_threads()} threads")
     rows = compare(model, ways, prompts, n, eos, args.repeats, sampling)

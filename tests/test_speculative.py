@@ -330,7 +330,7 @@ def test_the_command_measures_what_was_asked(models, tmp_path):
     model = load_model(models["calibrated"])
     for r, (budget, gamma) in zip(rows, product((1.0, 0.5), (2, 3)), strict=True):
         made = [speculative.one(model, make_policy(model.config, "frozen", budget), gamma, 9, set(model.config.eos_ids),
-                                Sampling(), prompt) for prompt in PROMPTS[:2]]
+                                prompt) for prompt in PROMPTS[:2]]
         base = sum(against_plain.plain(model, prompt, 9, set(model.config.eos_ids))[1] for prompt in PROMPTS[:2])
         total = lambda name: sum(getattr(found, name) for found, _ in made)
         assert (r["draft"], r["gamma"], r["same"], r["of"]) == (f"budget {budget:g}", gamma, 4, 4)
