@@ -1,5 +1,7 @@
 """Ways of writing what plain decoding writes (speculative.py, layerskip.py), timed against it, in turns.
 
+Decoding alone is timed: what was run is counted when the clock stands still, for plain decoding and for all ways.
+
 Shapes: R rounds of timing.
 """
 import sys
@@ -14,16 +16,23 @@ from console import InputError
 import torch
 from tqdm import tqdm
 
-from generate import Sampling, generate
+from generate import Sampling
+from rows import KVCache
+from savings import macs_of
 
 
+@torch.no_grad()
 def plain(model, prompt, new_tokens, eos_ids, sampling=Sampling()):
-    """Full budget, token by token: (new ids, MACs, seconds); the prefill and its token are left out."""
-    times = []                                                   # when each new token came
-    done = generate(model, [prompt], new_tokens, None, eos_ids, sampling,
-                    on_token=lambda *_: times.append(perf_counter()))
-    answer = done.savings.report().get("answer", {"macs": 0})    # none where the first token ends it
-    return done.tokens[0], answer["macs"], times[-1] - times[0]
+    """Full budget, token by token: (new ids, MACs, seconds); the prefill and its token are left out of the last two."""
+    weight, ids, tokens, traces, times = model.model["embed_tokens"].weight, prompt, [], [], []
+    cache = KVCache(model.config, 1, len(prompt) + new_tokens, weight.device, weight.dtype)
+    while not tokens or tokens[-1] not in eos_ids and len(tokens) < new_tokens:
+        logits, trace = model(torch.tensor([ids], device=weight.device), cache=cache, compute="compact", last=True)
+        ids = [sampling.draw(logits).item()]                     # a host synchronisation: the token has come
+        times.append(perf_counter())
+        tokens += ids
+        traces.append(trace)
+    return tokens, int(sum(macs_of(model.config, trace) for trace in traces[1:])), times[-1] - times[0]
 
 
 def compare(model, ways, prompts, new_tokens, eos_ids, repeats, sampling=Sampling()):
@@ -31,7 +40,7 @@ def compare(model, ways, prompts, new_tokens, eos_ids, repeats, sampling=Samplin
 
     ways: {(name, gamma): once}; once(prompt) -> (speculative.Speculation, MACs of its rounds), drawn as sampling says.
     The prefill and its token are left out. Times are ratios of medians; beside them the least and the greatest of a
-    round. Sampled texts differ by chance: "same" is None. InputError where there is nothing to draft.
+    round. Sampled texts differ by chance: "same" is None. InputError where one of them has nothing to draft.
     """
     base, same = torch.zeros(repeats, 3, dtype=torch.float64), dict.fromkeys(ways, 0)        # tokens, MACs, seconds
     sums = {way: torch.zeros(repeats, 7, dtype=torch.float64) for way in ways}   # (R, 7), named where they are read
@@ -44,8 +53,8 @@ def compare(model, ways, prompts, new_tokens, eos_ids, repeats, sampling=Samplin
             same[way] += f.tokens == ids
             sums[way][turn] += torch.tensor([len(f.tokens) - 1, f.rounds, f.drafted, f.accepted, macs, f.drafting,
                                              f.verifying], dtype=torch.float64)
-    if not base[:, 0].all():
-        raise InputError("every answer ends at its first token: there is nothing to draft")
+    if not all(turns[:, 0].all() for turns in (base, *sums.values())):
+        raise InputError("in one round every answer ends at its first token, and nothing can be drafted: raise --limit")
     seconds, macs, rows = base[:, 2] / base[:, 0], (base[:, 1].sum() / base[:, 0].sum()).item(), []      # (R,)
     step = median(seconds.tolist())
     print(f"plain: {1000 * step:.2f} ms, {macs / 1e6:.2f} M multiply-accumulates (MACs) a token. Over plain, per token:"

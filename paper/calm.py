@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from budgets import evaluate
-from early_exit import EarlyExit, open_early, training, unembed
+from early_exit import TOLERANCE, EarlyExit, open_early, training, unembed
 from gates import SkipPolicy
 
 FLAGS = "--gate none"                                            # of train.py, inside train_context()
 ROWS = 1024                                                      # that go through the head at once: a prompt has many
-TOLERANCE = 0.01                                                 # of savings: as of budgets in thresholds.py
 
 
 def exit_logits(model, h):
@@ -97,8 +96,9 @@ class Calm(EarlyExit):
         """As of EarlyExit: (B, S) bool or None, MACs. A softmax costs V x H for each token that is still there."""
         if self.training or self.threshold is None or layer + 1 < self.first:
             return None, 0
-        here = h[active]                                         # (N, H): a host synchronisation, as a branch has one
-        c = CONFIDENCES[self.confidence](self, here, before[active])                         # (N,)
+        there = active.nonzero(as_tuple=True)                    # a host synchronisation, as a branch has one
+        here = h[there]                                          # (N, H)
+        c = CONFIDENCES[self.confidence](self, here, before[there])                          # (N,)
         gone = active.masked_scatter(active, c.double() >= self.threshold)                   # (B, S)
         if self.as_published_code and self.waits:
             self.left = gone if layer + 1 == self.first else self.left | gone

@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, L blocks, N answer position
 """
 import sys
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -24,6 +25,8 @@ import train
 from gates import SkipPolicy
 from load_weights import load_model
 from model import Model, Trace
+
+TOLERANCE = 0.01                                                 # of savings: as of budgets in thresholds.py
 
 
 def through(blocks, h, call):
@@ -64,6 +67,7 @@ class EarlyExit(Model):
                 places=None, keep_gates=None, checkpoint_blocks=False):
         """As the core's, but that the policy is left alone. Logits of those who left are those of their last state."""
         h, call = self.begin(input_ids, positions, valid, cache, SkipPolicy(kv="dense"), compute == "compact")
+        call.rows = lru_cache(maxsize=1)(call.rows)              # both branches run the same: one synchronisation
         blocks, active, below, more, states = self.model["layers"], call.valid, None, 0, [h]
         for layer, block in enumerate(blocks):
             out = self.sits_out(layer, call.valid)                               # (B, S)
@@ -121,7 +125,12 @@ def training(loss, kind=EarlyExit, **of):
         models[-1].step, models[-1].steps = step, total
         return budget_at(step, total, *rest)
 
-    criterion = SimpleNamespace(cross_entropy=lambda logits, targets, reduction: loss(models[-1], targets))
+    def cross_entropy(logits, targets, reduction):
+        value = loss(models[-1], targets)
+        models[-1].states, models[-1].places = [], None          # else they would outlive the step
+        return value
+
+    criterion = SimpleNamespace(cross_entropy=cross_entropy)
     with mock.patch.object(train, "open_model", opened), mock.patch.object(train, "budget_at", budget), \
             mock.patch.object(train, "F", criterion):
         yield

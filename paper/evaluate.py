@@ -27,7 +27,7 @@ from gates import check_budget
 from load_weights import check_fit, load_tokenizer, model_digest, read_json
 from opened import check_own, open_model
 from savings import Savings
-from study import commit
+from study import COMMIT
 from sweep import interpolate
 from task_rows import rows as rows_of
 from task_scores import asked_of, bleu, generated_scores, log_scores, summary
@@ -168,7 +168,7 @@ def fill(args, names):
     if changed := [r["task"] for r in rows if r["data_digest"] != same.get(r["task"], r["data_digest"])]:
         raise InputError(f"--out {file}: the questions of {changed[0]} were others when its rows were made: give "
                          "another --out")
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "commit": COMMIT}
     done = {(r["task"], r["budget"]) for r in rows}
     print(f"\n{HEADER}", *map(line_of, rows), sep="\n", flush=True)
     todo = [(name, b) for name in names for b in budgets if (name, b) not in done]

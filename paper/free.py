@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 import early_exit
 from data import collate
-from early_exit import EarlyExit, open_early, through, unembed
+from early_exit import TOLERANCE, EarlyExit, open_early, through, unembed
 from rows import KVCache
 from savings import macs_of
 from thresholds import chunks, frozen_threshold
@@ -159,7 +159,8 @@ open_free = partial(open_early, Free)                            # (folder, devi
 @torch.no_grad()
 def thresholds(model, items, savings):
     """{saving: lambda} with (share of tokens that leave) x (1 - E/L) = saving, which is how the paper counts: quantiles
-    of the confidences of all tokens of items (ids, loss_mask). InputError for more than 1 - E/L."""
+    of the confidences of all tokens of items (ids, loss_mask); None where ties leave it more than TOLERANCE away.
+    InputError for more than 1 - E/L."""
     E, L, device, found = model.shallow, model.config.num_hidden_layers, next(model.parameters()).device, []
     for saving in savings:
         if not 0.0 <= saving <= 1 - E / L:
@@ -168,6 +169,10 @@ def thresholds(model, items, savings):
     for chunk in chunks(items, length=lambda item: len(item[0])):
         input_ids, _, valid = (x.to(device) for x in collate(chunk))             # (B, S) each
         found.append(model.sure(*through(model.model["layers"][:E], *model.begin(input_ids, valid=valid)))[0][valid])
-    ends, c = {0.0: 1.0, 1.0: -2.0}, torch.cat(found)            # nobody, everybody
-    shares = {saving: saving / (1 - E / L) for saving in savings}
-    return {saving: ends.get(share) or frozen_threshold(c, 1 - share) for saving, share in shares.items()}
+    ends, c, found = {0.0: 1.0, 1.0: -2.0}, torch.cat(found), {}                 # nobody, everybody
+    for saving in savings:
+        share = saving / (1 - E / L)
+        tau = ends.get(share) or frozen_threshold(c, 1 - share)
+        saved = (c > tau).double().mean().item() * (1 - E / L)
+        found[saving] = tau if abs(saved - saving) <= TOLERANCE else None
+    return found

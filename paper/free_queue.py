@@ -9,10 +9,12 @@ Those that go through also tell whether E blocks had said what L say. A Beta dis
 confidences of either kind, and the next text's threshold is the smallest at which "the same" has a probability of zeta.
 
 Read in the authors' code: equal priors, zeta = 0.4, thresholds of 0.3 to 0.9, a fit before each text. There the grid
-has 10 points, here 61; there only those who go through in company teach, here all that predict an answer's token.
+has 10 points, here 61; there only those who go through in company teach, here all that predict an answer's token; there
+the first 100 texts alone are learnt from, and "the same" is whichever distribution has the larger mean.
 
 Shapes: S new tokens, M that go through the deep blocks, H hidden, V vocabulary, E of L blocks.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -44,8 +46,8 @@ class Adaptive:
                 return FIRST
             mean = c.mean()
             nu = mean * (1 - mean) / c.var(correction=0) - 1                     # a + b of Beta(a, b)
-            density[same] = torch.distributions.Beta(mean * nu, (1 - mean) * nu).log_prob(grid).exp()    # (61,)
-        right = grid[density[True] >= ZETA * (density[True] + density[False])]
+            density[same] = torch.distributions.Beta(mean * nu, (1 - mean) * nu).log_prob(grid)      # (61,) logs: of
+        right = grid[density[True] - density[False] >= math.log(ZETA / (1 - ZETA))]  # narrow ones both would be 0
         return right[0].item() if len(right) else FIRST
 
 

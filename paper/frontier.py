@@ -64,13 +64,11 @@ def macs_of_answers(config, items):
 
 
 def start_of(name, size, seed, folder):
-    """Make the smaller model that is to be tuned, in `folder`."""
+    """Make the smaller model that is to be tuned, in `folder`. Without blocks: of the tuned one, which is there."""
     if isinstance(size, int):
         tuned = study.folder_of(table5_ablations.TUNED, seed)
-        if not testbed.finished(tuned):
-            testbed.trained(["--gate none".split()], seed, tuned)
         shortgpt.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
-                            "--out", str(folder)])
+                       "--out", str(folder)])
         return
     shape = folder.with_name(f"{folder.name}-shape")
     shape.mkdir(exist_ok=True)
@@ -83,7 +81,9 @@ def start_of(name, size, seed, folder):
 
 
 def one(name, seed, threads):
-    """Make, tune and measure a smaller model: an entry of the results."""
+    """Make, tune and measure a smaller model: an entry of the results. TUNED: as of table5_ablations."""
+    if name == table5_ablations.TUNED:
+        return table5_ablations.one(name, seed, threads)
     size = next(sizes[name] for sizes in SMALLER.values() if name in sizes)
     folder = study.folder_of(name, seed)
     start = folder.with_name(f"{folder.name}-start")
@@ -159,7 +159,11 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if not args.from_results:
-        study.study(FILE, [[(name, seed) for name in args.models for seed in args.seeds]], one, args.jobs)
+        wanted = [(name, seed) for name in args.models for seed in args.seeds]
+        done = {(r["model"], r["seed"]) for r in study.entries(FILE)}
+        tuned = [(table5_ablations.TUNED, seed) for name, seed in wanted
+                 if (name, seed) not in done and name in SMALLER["blocks removed, tuned again"]]
+        study.study(FILE, [tuned, wanted], one, args.jobs)
     gated, smaller = study.entries(table5_ablations.FILE), study.entries(FILE)
     if not gated and not smaller:
         raise InputError(f"{study.RESULTS} holds no results yet: leave out --from-results")

@@ -33,7 +33,7 @@ def one(name, seed, threads):
             start = folder.with_name(f"{folder.name}-start")
             frontier.start_of(name, SIZES[name], seed, start)
         for row, flags, view in ((name, OURS, "frozen"), (f"{name}, dense", "--gate none", "none")):
-            testbed.trained([f"{flags} --model {start}".split()], seed, folder)
+            testbed.trained([[*flags.split(), "--model", str(start)]], seed, folder)
             rows += [{"row": row, **r} for r in testbed.sweep(folder, [view], seed)]
     shutil.rmtree(folder)
     if SIZES[name]:
@@ -50,7 +50,7 @@ def of_dense(runs):
         for r in (r for r in runs if r["model"] == name):
             dense = next(row["accuracy"] for row in r["rows"] if row["row"] == f"{name}, dense")
             gated = [row for row in r["rows"] if row["row"] == name]
-            left.append(curve([(row["macs_saved"], row["accuracy"] / dense) for row in gated]))
+            left.append(curve([(row["macs_saved"], row["accuracy"] / dense) for row in gated] if dense else []))
         if left:
             lines.append(f"| {name} | {len(left)} | " + " | ".join(map(study.spread, zip(*left))) + " |")
     return lines

@@ -120,7 +120,7 @@ def self_speculate(model, exit, gamma, new_tokens, eos_ids, prompt, temperature=
     MACs are those of one pass over the positions of a round, and of the draft's own use of the head. InputError as
     check_exit."""
     check_exit(model.config, exit)
-    lower, upper, states, macs = model.model["layers"][:exit], model.model["layers"][exit:], [], []
+    lower, upper, states, passes = model.model["layers"][:exit], model.model["layers"][exit:], [], []
 
     def draft(cache, token, n):
         """At most n ids that follow the token, no further than an end; what each was drawn from, (n, V) or None."""
@@ -142,14 +142,13 @@ def self_speculate(model, exit, gamma, new_tokens, eos_ids, prompt, temperature=
         rewind(cache, start)
         states.clear()
         h = pass_through(model, upper, cache, ids, h)
-        if start:
-            everyone = torch.ones(1, len(ids), dtype=torch.bool)                 # (1, S)
-            macs.append(count_macs(model.config, everyone.expand(2 * model.config.num_hidden_layers, *everyone.shape),
-                                   everyone, keys=cache.used, logit_rows=2 * len(ids) - 1))
+        passes.append((len(ids), cache.used))
         return unembed(model, h[0] if start else h[0, -1:])
 
     found = speculate(model, prompt, new_tokens, gamma, draft, verify, eos_ids, temperature, generator)
-    return found, int(sum(macs))
+    everyone = torch.ones(2 * model.config.num_hidden_layers, 1, max(len(prompt), gamma + 1), dtype=torch.bool)
+    return found, int(sum(count_macs(model.config, everyone[..., :n], everyone[0, :, :n], keys=keys,
+                                     logit_rows=2 * n - 1) for n, keys in passes[1:]))       # the first is the prompt's
 
 
 def main(argv=None):

@@ -6,8 +6,9 @@ One decision per layer and sequence, from the mean of what attention would read,
 
 Only w is trained. The loss adds lambda times the mean of z over layers and sequences (--sparsity-weight; 0 in their
 script), which pushes attention out. At inference the prompt decides, and that holds for all that is generated; a layer
-without attention has no K and V of this sequence. For other savings 0.5 moves to a quantile of p over calibration
-prompts and layers. Where an answer is given and not generated, as in training, all of the text decides.
+without attention has no K and V of this sequence (but layer 0, where the core computes them for everybody, and counts
+them). For other savings 0.5 moves to a quantile of p over calibration prompts and layers. Where an answer is given and
+not generated, as in training, all of the text decides.
 
 The method is read from its code (CASE-Lab-UMD/Router-Tuning). The GateSkip paper has a row of router-tuned MoD; its job
 names a case that no version of their code that we read has, and nothing in that code decides for a sequence. What they
@@ -100,7 +101,7 @@ def mean_loss(gates, valid=None, kind=None, budget=None, costs=None):
 class MindSkip(routed.Routed):
     """Nothing to choose: attention alone is routed."""
     name, block, loss = "mindskip", RoutedBlock, staticmethod(mean_loss)
-    flags = {"threshold": ("branch",), "skip": ("attn",), "kv": ("copy_up",)}
+    flags = {**routed.Routed.flags, "skip": ("attn",), "kv": ("copy_up",), "freeze_backbone": (True,)}
 
     def begin(self, *args, **named):
         """As the core's; after the prompt it is settled who has attention."""

@@ -10,10 +10,10 @@ The k highest look ahead, so a causal substitute decides at inference, by a thre
 "router"     r itself is taught that by the same loss; a token runs where r > 0
 
 The original (its abstract, and the paper as we remember it) trains from scratch with r itself as the factor, C = 12.5 %
-and every other block (--skip alternate). On a pretrained model sigmoid(r), open at first, begins near the dense one.
-The GateSkip authors' code routes every block, and C falls to 0.8. It computes K and V for all tokens (--kv dense). In
-training it multiplies the residual too, h' = sigmoid(r) (h + f), and nothing at evaluation: as_published_code here. It
-evaluates by the quantile of the predictor over the batch: SkipPolicy("batch").
+and a router in every other block. On a pretrained model sigmoid(r), open at first, begins near the dense one, and every
+block is routed here, as in the GateSkip authors' code, where C falls to 0.8. It computes K and V for all tokens (--kv
+dense). In training it multiplies the residual too, h' = sigmoid(r) (h + f), and nothing at evaluation:
+as_published_code here. It evaluates by the quantile of the predictor over the batch: SkipPolicy("batch").
 
 Shapes: B batch, S sequence, T key positions, H hidden, N rows that run, M the most of them in one sequence.
 """
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import routed
-from gates import Gate, SkipPolicy, may_skip
+from gates import Gate, SkipPolicy
 from linear import Linear
 from model import Attention, Block, attend, attend_alone, rotate
 from rows import attention_mask
@@ -44,7 +44,7 @@ class TopK(SkipPolicy):
     @torch.no_grad()
     def keep(self, branch, scores, valid):
         """scores, valid (B, S) -> (B, S) bool: T."""
-        if self.budget >= 1.0 or not may_skip(self.skip, branch):
+        if self.budget >= 1.0:
             return valid
         k = torch.floor(self.budget * valid.sum(1, keepdim=True).double() + 1e-9).clamp(min=1)       # (B, 1)
         order = scores.double().masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -155,7 +155,7 @@ def membership_loss(gates, valid=None, kind=None, budget=None, costs=None):
 class MixtureOfDepths(routed.Routed):
     """settings: substitute, one of SUBSTITUTES; as_published_code."""
     name, block, defaults = "mixture_of_depths", RoutedBlock, {"substitute": "predictor", "as_published_code": False}
-    flags = {"threshold": ("branch",), "skip": ("layer", "alternate"), "kv": ("copy_up", "dense")}
+    flags = {**routed.Routed.flags, "skip": ("layer",), "kv": ("copy_up", "dense")}
     loss = staticmethod(membership_loss)
     policy = staticmethod(lambda kind, budget, skip, kv: TopK("topk", budget, skip, kv))         # C = b_t
 

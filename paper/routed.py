@@ -63,7 +63,8 @@ class Routed(Model):
     gate, the place that routers take.
     """
     name, block, defaults = "", Block, {}
-    flags = {}                                                   # of train.py: {its name: what it may be}
+    # of train.py: what they may be. The method's own loss reads neither of the last two
+    flags = {"threshold": ("branch",), "sparsity_loss": ("l2",), "sparsity_cost": ("equal",)}
     loss = None                                                  # in place of gates.sparsity_loss, its arguments
 
     def __init__(self, config, **settings):
@@ -113,14 +114,17 @@ def _built(method, settings):
 def training(method, **settings):
     """A context in which train.main trains this method: testbed.trained(..., tried=partial(training, method)).
 
-    lambda of its loss is --sparsity-weight; the budget b_t of train.py is the share that it keeps. InputError for flags
-    that mean nothing here, and for a run that is resumed with other settings."""
+    lambda of its loss is --sparsity-weight; the budget b_t of train.py is the share that it keeps (of MindSkip, which
+    decides by itself, nothing). InputError for flags of another method, and for a run that is resumed with other
+    settings."""
     open_dense = train.open_model
 
     def open_model(args, gate, device, dtype):
         for flag, allowed in method.flags.items():
-            if getattr(args, flag) not in allowed:
-                raise InputError(f"--{flag} {getattr(args, flag)}: {method.name} needs --{flag} {' or '.join(allowed)}")
+            if (given := getattr(args, flag)) not in allowed:
+                flag = f"--{flag.replace('_', '-')}"
+                raise InputError(f"{method.name} needs {flag}" if allowed == (True,) else
+                                 f"{flag} {given}: {method.name} needs {flag} {' or '.join(allowed)}")
         with _built(method, settings):
             model, tokenizer = open_dense(args, gate, device, dtype)
         named = {"opens with": f"paper/{method.name}.py", **model.settings}

@@ -100,7 +100,7 @@ def density_loss(gates, valid=None, kind=None, budget=1.0, costs=None):
 class SkipLayer(routed.Routed):
     """settings: as_published_code."""
     name, block, defaults = "skiplayer", RoutedBlock, {"as_published_code": False}
-    flags = {"threshold": ("branch",), "skip": ("all",), "kv": ("dense",)}
+    flags = {**routed.Routed.flags, "skip": ("all",), "kv": ("dense",)}
     loss = staticmethod(density_loss)
 
     def router_macs(self, hidden):

@@ -42,7 +42,7 @@ from generate import Sampling
 from load_weights import model_digest
 from opened import check_own, open_with_items
 from rows import KVCache
-from savings import Savings
+from savings import macs_of
 from thresholds import make_policy
 
 
@@ -119,34 +119,34 @@ def speculate(model, prompt, max_new_tokens, gamma, draft, verify, eos_ids=(), t
         found.verifying += perf_counter() - drafted
 
 
-def draft_steps(model, policy, savings, eos_ids, cache, token, n, temperature=0.0, generator=None):
-    """Up to n tokens under the policy, step by step, no further than an end token. Counted as part "draft"."""
+def draft_steps(model, policy, passes, eos_ids, cache, token, n, temperature=0.0, generator=None):
+    """Up to n tokens under the policy, step by step, no further than an end token. ("draft", Trace) goes to passes."""
     draft, q = [], []
     while len(draft) < n and token not in eos_ids:
         ids = torch.tensor([[token]], device=cache.lengths.device)               # (1, 1)
         logits, trace = model(ids, cache=cache, policy=policy, compute="compact", last=True)     # (1, V)
-        savings.add(trace, "draft")
+        passes.append(("draft", trace))
         token = accept([], None, logits, temperature, generator)[1]
         draft.append(token)
         q += [probabilities(logits, temperature)] if temperature else []
     return draft, torch.cat(q) if q else None
 
 
-def verify_pass(model, savings, cache, ids):
-    """Logits at full budget behind each of the ids, of a prompt behind its last. Parts "verify" and "prompt"."""
+def verify_pass(model, passes, cache, ids):
+    """Logits at full budget behind each of the ids, of a prompt behind its last. To passes: "verify", "prompt"."""
     prompt = cache.used == 0
     ids = torch.tensor([ids], device=cache.lengths.device)                       # (1, S)
     logits, trace = model(ids, cache=cache, compute="compact", last=prompt)
-    savings.add(trace, "prompt" if prompt else "verify")
+    passes.append(("prompt" if prompt else "verify", trace))
     return logits.flatten(0, -2)                                                 # (S, V), or (1, V)
 
 
 def one(model, policy, gamma, new_tokens, eos_ids, prompt, sampling=Sampling()):
     """Speculate: (Speculation, MACs of its rounds)."""
-    savings, how = Savings(model.config), dict(temperature=sampling.temperature, generator=sampling.generator)
-    found = speculate(model, prompt, new_tokens, gamma, partial(draft_steps, model, policy, savings, eos_ids, **how),
-                      partial(verify_pass, model, savings), eos_ids, **how)
-    return found, sum(part["macs"] for name, part in savings.report().items() if name in ("draft", "verify"))
+    passes, how = [], dict(temperature=sampling.temperature, generator=sampling.generator)
+    found = speculate(model, prompt, new_tokens, gamma, partial(draft_steps, model, policy, passes, eos_ids, **how),
+                      partial(verify_pass, model, passes), eos_ids, **how)
+    return found, int(sum(macs_of(model.config, trace) for part, trace in passes if part != "prompt"))
 
 
 def main(argv=None):

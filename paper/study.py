@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
 from pathlib import Path
 
@@ -26,6 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK, RESULTS = Path("runs/study"), ROOT / "paper" / "results"
 
 
+def commit():
+    """Of the code, "+" behind it where it was changed since, results apart; "" without a repository, or git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        told = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+        code = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!paper/results"]
+        return told + "+" * (told != "" and subprocess.run(code, capture_output=True).returncode)
+    except FileNotFoundError:
+        return ""
+
+
+COMMIT = commit()                                                # as this process began: of the code that it runs
+
+
 def entries(file):
     """Those of a results file so far, [] without one; InputError for a file that is none of ours."""
     file = RESULTS / file
@@ -39,7 +53,7 @@ def entries(file):
 
 def keep(file, entry):
     """Add an entry, in place of one of the same model and seed. Another process may write the file too."""
-    with FileLock(WORK / ".lock"):
+    with FileLock(RESULTS / ".lock"):
         runs = [r for r in entries(file) if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
         write(RESULTS / file, ('{"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n").encode())
 
@@ -48,21 +62,32 @@ def study(file, rounds, one, jobs):
     """Make what the results file lacks: one(model, seed, threads) -> entry, or None for what is no result.
 
     rounds: lists of (model, seed), each begun when the one before is done; jobs at a time share torch's threads, each
-    in a process of its own. Ctrl-C: those that run finish or stop, none of those that wait begins."""
+    in a process of its own. An error in one, or Ctrl-C: those that run end, and what they found is kept; none of those
+    that wait begins."""
     known, threads = {(r["model"], r["seed"]) for r in entries(file)}, max(1, torch.get_num_threads() // jobs)
     rounds = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds]
     WORK.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
     with tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
+        def kept(done):
+            if entry := done.result():                           # or the error that ended it
+                keep(file, entry)
+            bar.update()
+
         for runs in rounds:
             with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+                running = set()
                 try:
-                    for done in as_completed([pool.submit(one, *run, threads) for run in runs]):
-                        if entry := done.result():
-                            keep(file, entry)
-                        bar.update()
+                    while runs or running:
+                        while runs and len(running) < jobs:      # no more: what a pool holds ready cannot be recalled
+                            running.add(pool.submit(one, *runs.pop(0), threads))
+                        for done in wait(running, return_when=FIRST_COMPLETED).done:
+                            running.remove(done)
+                            kept(done)
                 finally:
-                    pool.shutdown(cancel_futures=True)
+                    for done in wait(running).done:
+                        if done.exception() is None:
+                            kept(done)
 
 
 def folder_of(name, seed):
@@ -80,15 +105,8 @@ def logged(folder, threads):
 
 
 def entry_of(name, seed, **measured):
-    """An entry, with today's date and the commit."""
-    return {"model": name, "seed": seed, "date": str(date.today()), "commit": commit(), **measured}
-
-
-def commit():
-    """Of the code, "+" behind it where it was changed since; "" without a repository."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"], cwd=ROOT,
-                          capture_output=True, text=True)
-    return told.stdout.strip()
+    """An entry, with today's date and the commit whose code ran."""
+    return {"model": name, "seed": seed, "date": str(date.today()), "commit": COMMIT, **measured}
 
 
 def spread(values):

@@ -166,12 +166,13 @@ def test_training_without_a_change_is_train(folder, tmp_path):
     """A loss over other places, or scaled by another count; an optimizer, data or a last table that differ; what is
     patched and stays so."""
     before, steps, kinds = (train.open_model, train.budget_at, train.F), [], set()
-    flags = dict(gate="none", grad_accum=2, eval_limit=2)
+    flags, held = dict(gate="none", grad_accum=2, eval_limit=2), []
     assert run(folder, tmp_path / "plain", **flags) == 0
 
     def loss(model, targets):
         steps.append((model.step, model.steps))
         kinds.add(type(model))
+        held.append(model)
         h = model.states[-1].flatten(0, 1)[model.places]
         return F.cross_entropy(unembed(model, h).float(), targets, reduction="sum")
 
@@ -180,6 +181,7 @@ def test_training_without_a_change_is_train(folder, tmp_path):
 
     with training(loss, Named, name="x"):
         assert run(folder, tmp_path / "early", **flags) == 0
+    assert held and not any(model.states for model in held)      # (L + 1, B, S, H) that outlive their step
     same_bits(state(tmp_path / "plain"), state(tmp_path / "early"))
     assert steps == [(step, 6) for step in range(6) for _ in range(2)] and kinds == {Named}
     assert (train.open_model, train.budget_at, train.F) == before

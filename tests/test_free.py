@@ -239,6 +239,8 @@ def test_thresholds_are_quantiles(confidence):
     assert shares[0] == 0 and shares[-1] == 1 and list(found.values()) == sorted(found.values(), reverse=True)
     for saving in (0.51, -0.1, 1.0):
         assert "saves from 0% to 50.0%" in complaint(thresholds, model, items, [0.1, saving])
+    same = [([1], [True])] * 9                                   # nine of one confidence: nobody or all
+    assert [tau is None for tau in thresholds(model, same, [0.0, 0.2, 0.5]).values()] == [False, True, False]
 
 
 def test_a_mixture_of_betas_by_moments():
@@ -263,6 +265,8 @@ def test_a_mixture_of_betas_by_moments():
     a.found = {True: [0.2, 0.25, 0.3], False: [0.7, 0.8, 0.9]}   # confidence that is wrong from the smallest on
     assert a.threshold() == 0.3 and posterior(0.3) >= 0.4
     a.found = {True: [0.1, 0.11, 0.12], False: [0.4, 0.6, 0.8]}
+    assert a.threshold() == 0.9
+    a.found = {True: [0.97, 0.971, 0.972], False: [0.95, 0.96]}  # densities of 0, both: of logs the second is larger
     assert a.threshold() == 0.9
 
 

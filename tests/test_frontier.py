@@ -43,6 +43,7 @@ def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, ch
     sweep = frontier.testbed.sweep
     monkeypatch.setattr(frontier.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
                         or sweep(folder, *args))
+    assert frontier.one("tuned", 1, 1) is None
     found = frontier.one(name, 1, 1)
     assert {key: getattr(made[0], key) for key in change} == change
     dense = load_model(frontier.testbed.START).config

@@ -118,20 +118,10 @@ def test_the_k_highest_of_each_sequence(budget):
 
 
 def test_equal_scores_choose_k_and_not_more():
-    """A threshold in place of a ranking; and every other block, which `alternate` asks only."""
+    """A threshold in place of a ranking."""
     scores, valid = torch.zeros(2, 6), mask([1] * 6, [0, 0, 1, 1, 1, 1])
     assert TopK("topk", 0.5, "layer").keep(0, scores, valid).sum(1).tolist() == [3, 2]
-    policy = TopK("topk", 0.5, "alternate")
     assert TopK("topk", 0.57, "layer").keep(0, torch.rand(1, 100), mask([1] * 100)).sum() == 57      # 0.57 * 100 < 57
-    assert policy.keep(0, scores, valid) is valid and policy.keep(2, scores, valid).sum(1).tolist() == [3, 2]
-
-
-@torch.no_grad()
-def test_every_other_block_is_routed():
-    """The original's setting: layers 0 and 2 run for all."""
-    model = routed_model(NAME).train()
-    keep = model(tokens(2, 8), policy=TopK("topk", 0.5, "alternate"))[1].keep
-    assert [k.sum().item() for k in keep] == [16, 16, 8, 8, 16, 16]
 
 
 @pytest.mark.parametrize("substitute", ["predictor", "router"])

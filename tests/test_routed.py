@@ -15,10 +15,10 @@ from eval_gsm8k import run_row
 from gates import GateConfig, SkipPolicy, sparsity_loss
 from generate import generate
 from load_weights import load_model, load_tokenizer, read_json, save_model
-from routed_models import CLASSES, HOW, METHODS, policy_of, routed_model, train_toy
+from routed_models import CLASSES, HOW, METHODS, SHORT, policy_of, routed_model, train_toy
 from savings import count_macs, macs_of
 from thresholds import one_pass
-from toy_runs import Killed, at_step, folder, kill, last, metrics, same_bits, state, undisturbed
+from toy_runs import Killed, at_step, folder, kill, last, metrics, run, same_bits, state, undisturbed
 
 import routed
 
@@ -220,12 +220,17 @@ def test_a_resumed_run_is_the_unbroken_one(name, runs, folder, tmp_path, monkeyp
 def test_flags_that_mean_nothing_are_refused(name, folder, tmp_path):
     """A vector gate, another granularity, one threshold for all: trained under a method's name and not the method."""
     for flags in (dict(gate="vector"), dict(gate="none", gate_lr_scale=1.0), dict(gate_arch="mlp"),
-                  dict(skip="alternate" if name != "mixture_of_depths" else "all"), dict(threshold="global")):
+                  dict(skip="alternate"), dict(threshold="global"), dict(sparsity_loss="l1"),
+                  dict(sparsity_cost="macs")):
         words = [w for flag, value in flags.items() for w in (f"--{flag.replace('_', '-')}", str(value))]
         if flags.get("gate") == "none" and "--freeze-backbone" in METHODS[name].FLAGS:
             continue                                             # train.py itself refuses
         text = complaint(train_toy, name, folder, tmp_path / "run", *words)
         assert name in text and "--" in text
+    if name == "mindskip":                                       # its backbone trained, too, under its name
+        with METHODS[name].training():
+            words = METHODS[name].FLAGS.replace("--freeze-backbone", "").split()
+            assert "mindskip needs --freeze-backbone" in complaint(run, folder, tmp_path / "run", *words, **SHORT)
     assert not (tmp_path / "run" / "latest").exists()
 
 

@@ -151,6 +151,33 @@ def test_results_are_kept_and_never_run_again(small, monkeypatch):
     assert json.loads((study.RESULTS / "table5.json").read_text()) == {"rows": 1}
 
 
+JOBS = """
+import time
+from pathlib import Path
+
+def one(name, seed, threads):
+    Path(name).touch()
+    if name == "fails":
+        raise ValueError("of no account")
+    while not Path("fails").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)                                              # until the failure has been told
+    return {"model": name, "seed": seed}
+"""
+
+
+def test_a_failure_costs_no_result_and_begins_nothing(small, monkeypatch):
+    """Minutes of a training beside the one that failed, thrown away; one that begins after it, for nothing."""
+    (small / "jobs_of_a_study.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(small)
+    monkeypatch.chdir(small)
+    from jobs_of_a_study import one
+    with pytest.raises(ValueError, match="of no account"):
+        study.study("table5.json", [[("fails", 1), ("lasts", 1), ("waits", 1), ("waits", 2)], [("later", 1)]], one, 2)
+    assert [r["model"] for r in study.entries("table5.json")] == ["lasts"]
+    assert (small / "lasts").exists() and not (small / "waits").exists() and not (small / "later").exists()
+
+
 class Here:
     """A pool that works in this process."""
     def __enter__(self):
