@@ -46,8 +46,8 @@ class Adaptive:
                 return FIRST
             mean = c.mean()
             nu = mean * (1 - mean) / c.var(correction=0) - 1                     # a + b of Beta(a, b)
-            density[same] = torch.distributions.Beta(mean * nu, (1 - mean) * nu).log_prob(grid)      # (61,) logs: of
-        right = grid[density[True] - density[False] >= math.log(ZETA / (1 - ZETA))]  # narrow ones both would be 0
+            density[same] = torch.distributions.Beta(mean * nu, (1 - mean) * nu).log_prob(grid)      # (61,)
+        right = grid[density[True] - density[False] >= math.log(ZETA / (1 - ZETA))]  # in logs: both may underflow
         return right[0].item() if len(right) else FIRST
 
 

@@ -146,7 +146,7 @@ def self_speculate(model, exit, gamma, new_tokens, eos_ids, prompt, temperature=
         return unembed(model, h[0] if start else h[0, -1:])
 
     found = speculate(model, prompt, new_tokens, gamma, draft, verify, eos_ids, temperature, generator)
-    everyone = torch.ones(2 * model.config.num_hidden_layers, 1, max(len(prompt), gamma + 1), dtype=torch.bool)
+    everyone = torch.ones(2 * model.config.num_hidden_layers, 1, gamma + 1, dtype=torch.bool)
     return found, int(sum(count_macs(model.config, everyone[..., :n], everyone[0, :, :n], keys=keys,
                                      logit_rows=2 * n - 1) for n, keys in passes[1:]))       # the first is the prompt's
 
