@@ -68,11 +68,13 @@ def by_exit(folder, items):
         yield saving, model, SkipPolicy()
 
 
-def by_policy(opened, policies, folder, items):
-    """Routers: frozen thresholds. Yields as by_threshold; of MindSkip shares of attention, half as much of all."""
-    model = opened(folder)
-    for budget, policy in policies(model, items, [1.0 - s for s in SAVINGS]).items():
+def by_policy(method, folder, items):
+    """Routers: frozen thresholds, then the router's own decision (saving None). Yields as by_threshold; of MindSkip
+    shares of attention, half as much of all."""
+    model = method.open_model(folder)
+    for budget, policy in method.policies(model, items, [1.0 - s for s in SAVINGS]).items():
         yield 1.0 - budget, model, policy
+    yield None, model, method.as_trained(model)
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Method:
     views: dict                                                  # row -> (folder, items) -> saving, model, policy
 
 
-MODS = by_policy, mixture_of_depths.open_model, mixture_of_depths.policies
+MODS = partial(by_policy, mixture_of_depths)
 METHODS = {
     "CALM": Method(calm.FLAGS, calm.train_context, {f"CALM, {name}": partial(
         by_threshold, partial(calm.open_calm, confidence=name), calm.thresholds) for name in calm.CONFIDENCES}),
@@ -91,17 +93,17 @@ METHODS = {
         by_threshold, partial(free.open_free, confidence=name), free.thresholds) for name in free.CONFIDENCES}),
     "LayerSkip": Method("--gate none", layerskip.recipe, {"LayerSkip": by_exit}),
     "Mixture-of-Depths": Method(f"{mixture_of_depths.FLAGS} {FALLING}", mixture_of_depths.training,
-                                {"Mixture-of-Depths": partial(*MODS)}),
+                                {"Mixture-of-Depths": MODS}),
     "Mixture-of-Depths, by its router": Method(
         f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, substitute="router"),
-        {"Mixture-of-Depths, by its router": partial(*MODS)}),
+        {"Mixture-of-Depths, by its router": MODS}),
     "Mixture-of-Depths, routers alone": Method(
         f"{mindskip.TOKEN_FLAGS} {FROZEN} {FALLING}", mixture_of_depths.training,
-        {"Mixture-of-Depths, routers alone": partial(*MODS)}),
+        {"Mixture-of-Depths, routers alone": MODS}),
     "MindSkip": Method(f"{mindskip.FLAGS} {FROZEN}", mindskip.training,
-                       {"MindSkip": partial(by_policy, mindskip.open_model, mindskip.policies)}),
+                       {"MindSkip": partial(by_policy, mindskip)}),
     "SkipLayer": Method(f"{skiplayer.FLAGS} {FALLING}", skiplayer.training,
-                        {"SkipLayer": partial(by_policy, skiplayer.open_model, skiplayer.policies)}),
+                        {"SkipLayer": partial(by_policy, skiplayer)}),
 }
 AS_PUBLISHED = {                                                 # the one-line deviations of the authors' code
     "CALM, as their code": Method(calm.FLAGS, partial(calm.train_context, True), {
@@ -109,10 +111,10 @@ AS_PUBLISHED = {                                                 # the one-line 
             calm.open_calm, confidence=name, as_published_code=True), calm.thresholds) for name in calm.CONFIDENCES}),
     "Mixture-of-Depths, as their code": Method(
         f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
-        {"Mixture-of-Depths, as their code": partial(*MODS)}),
+        {"Mixture-of-Depths, as their code": MODS}),
     "SkipLayer, as their code": Method(
         f"{skiplayer.FLAGS} {FALLING}", partial(skiplayer.training, as_published_code=True),
-        {"SkipLayer, as their code": partial(by_policy, skiplayer.open_model, skiplayer.policies)}),
+        {"SkipLayer, as their code": partial(by_policy, skiplayer)}),
 }
 EVERY = METHODS | AS_PUBLISHED
 
@@ -130,7 +132,7 @@ def sweep(method, folder, seed):
     args = SimpleNamespace(batch_size=testbed.PROBLEMS, max_new_tokens=48)
     for name, view in method.views.items():
         for saving, model, policy in view(folder, held):
-            row = run_row(name, model, tokenizer, problems, policy, 1.0 - saving, args)
+            row = run_row(name, model, tokenizer, problems, policy, 1.0 - (saving or 0.0), args)
             rows.append({"row": name, "asked": saving, **testbed.rounded(row)})
     return rows
 
