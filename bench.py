@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench_peer import bench_peer
+from bench_peer import bench_peer, wait_for
 from disk import check_writable, write
 from gates import Gate, SkipPolicy
 from load_weights import load_model
@@ -130,14 +130,13 @@ MAKERS = {"prefill": prefill, "decode": decode, "train": train}
 
 def measure(runs, repeats, device, label):
     """{key: once} -> {key: (median seconds, what it returned last)}: round after round, every one once a round."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds, last = {key: [] for key in runs}, {}
     for _ in tqdm(range(repeats), desc=label, leave=False):
         for key, once in runs.items():
-            wait()
+            wait_for(device)
             started = time.perf_counter()
             last[key] = once()
-            wait()                                               # the only synchronisation that timing adds
+            wait_for(device)                                     # the only synchronisation that timing adds
             seconds[key].append(time.perf_counter() - started)
     return {key: (statistics.median(values), last[key]) for key, values in seconds.items()}
 
@@ -268,7 +267,7 @@ def main(argv=None):
         for work, tokens in (("prefill", ids(8, 512)), ("decode", ids(1, CONTEXT)), ("decode", ids(8, CONTEXT))):
             once = MAKERS[work](models["none"], tokens, 0.0, "compact")
             works.append((work, tokens.shape, lambda once=once: measure({0: once}, 1, device, work)[0][0]))
-        rows += bench_peer(args.model, works, STEPS, args.repeats)
+        rows += bench_peer(args.model, works, STEPS, args.repeats, device, dtype)
     if args.json:
         write(Path(args.json).resolve(), json.dumps(rows, indent=1))
     plot(rows, args.png)

@@ -2,11 +2,11 @@
 
     python paper/decode_time.py --model runs/smol --data test.jsonl --peer transformers --out runs/time.json
 
-Each question is answered alone, greedily, with a KV cache and the run's frozen thresholds, on the CPU in float32. The
-budget for each share of MACs saved in generated tokens (gates paid) is found first, on these prompts. Then all settings
-take turns at each prompt, round after round. The texts of two settings may differ, because skipping changes them; their
-number of tokens does not: nothing ends a text. The first token, which is the prefill's, is not timed; what generate.py
-counts on the way is. transformers continues random tokens, as many as each prompt has.
+Each question is answered alone, greedily, with a KV cache and the run's frozen thresholds. The budget for each share of
+MACs saved in generated tokens (gates paid) is found first, on these prompts. Then all settings take turns at each
+prompt, round after round. The texts of two settings may differ, because skipping changes them; their number of tokens
+does not: nothing ends a text. The first token, which is the prefill's, is not timed; what generate.py counts on the way
+is. transformers continues random tokens, as many as each prompt has.
 """
 import io
 import json
@@ -19,8 +19,8 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from console import InputError, run
-from flags import Parser, real, whole
+from console import InputError, pick_device, run
+from flags import Parser, add_machine_flags, real, whole
 
 import torch
 from tqdm import tqdm
@@ -59,15 +59,17 @@ def main(argv=None):
     add("--repeats", type=whole(1), default=5, help="rounds")
     add("--peer", choices=("transformers",), help="also time the dense weights there (pip install it)")
     add("--out", required=True, metavar="JSON", help="the file of the rows")
+    add_machine_flags(p)
     args = p.parse_args(argv)
     if args.peer and find_spec("transformers") is None:
         raise InputError("--peer transformers: it is not installed (pip install transformers)")
     check_own("--out", args.out, "command", "digest", "rows")
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    where = pick_device(args.device, args.dtype)
+    model, tokenizer = load_model(args.model, None, *where), load_tokenizer(args.model)
     check_fit(model, tokenizer)
     if "thresholds" not in model.config.gateskip:
         raise InputError(f"--model {args.model} has no gates with frozen thresholds: give a run that train.py finished")
-    dense, n = load_model(args.dense) if args.dense else with_gate(model, "none"), args.new_tokens
+    dense, n = load_model(args.dense, None, *where) if args.dense else with_gate(model, "none"), args.new_tokens
     if dense.config.gate is not None or dense.config.vocab_size != model.config.vocab_size:
         raise InputError(f"--dense {args.dense} has gates, or another vocabulary than --model: leave it out")
     examples = load_examples(args.data, "test", args.prompts)
@@ -77,7 +79,7 @@ def main(argv=None):
     room = min(m.config.max_position_embeddings for m in (model, dense)) - max(map(len, prompts))
     if n > room:
         raise InputError(f"--new-tokens {n}: the longest prompt leaves the model room for {max(room, 0)}")
-    peer = Peer("sdpa", getattr(dense, "source", model.source)) if args.peer else None
+    peer = Peer("sdpa", getattr(dense, "source", model.source), *where) if args.peer else None
     print(f"{args.model}: {len(prompts)} prompts of {sum(map(len, prompts)) / len(prompts):.0f} tokens on average, {n} "
           f"new ones each, {args.repeats} rounds, {torch.get_num_threads()} threads")
     lowest = min(map(float, model.config.gateskip["thresholds"]))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from console import InputError, pyplot, run
-from flags import Parser, real, whole
+from console import InputError, pick_device, pyplot, run
+from flags import Parser, add_machine_flags, real, whole
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,9 @@ def measure(model, items, policy, weight, kind, costs):
     "followed": (2L, N) float64; "kept"; "problem" (N,)}. Of a vector gate the mean, and the sum of benefits."""
     pairs, answers = len(costs) * sum(len(ids) for ids, _ in items), sum(sum(mask[1:]) for _, mask in items)
     m, detach = {key: [] for key in ("gate", "kept", *HOW)}, model.config.gate.detach
+    device = next(model.parameters()).device
     for chunk in chunks(items, length=lambda item: len(item[0])):
-        input_ids, loss_mask, valid = collate(chunk)             # (B, S) each
+        input_ids, loss_mask, valid = (x.to(device) for x in collate(chunk))     # (B, S) each
         places, targets = answer_places(input_ids, loss_mask)
         for how in HOW:
             model.config.gate.detach = how == "held"             # no gate hears of another through its input
@@ -46,9 +47,9 @@ def measure(model, items, policy, weight, kind, costs):
             loss = F.cross_entropy(logits.double(), targets, reduction="sum") / answers          # its part of the CE
             penalty = weight * sparsity_loss(trace.gates, valid, kind, 1.0, costs) * len(costs) * valid.sum()
             slopes = torch.autograd.grad(pairs * loss + penalty, trace.gates)        # (B, S, H) or (B, S, 1) each
-            m[how].append(-torch.stack([x.sum(-1)[valid] for x in slopes]).double())             # (2L, n)
-        m["gate"].append(torch.stack(trace.scores)[:, valid].detach().double())
-        m["kept"].append(torch.stack(trace.keep)[:, valid])
+            m[how].append(-torch.stack([x.sum(-1)[valid] for x in slopes]).double().cpu())       # (2L, n)
+        m["gate"].append(torch.stack(trace.scores)[:, valid].detach().double().cpu())
+        m["kept"].append(torch.stack(trace.keep)[:, valid].cpu())
     model.config.gate.detach = detach
     m, c = {key: torch.cat(x, -1) for key, x in m.items()}, weight * torch.tensor(costs, dtype=torch.float64)[:, None]
     due = 2 * c * m["gate"] if kind == "l2" else c.expand_as(m["gate"])          # is no part of the benefit: taken out
@@ -113,13 +114,15 @@ def main(argv=None):
     add("--sparsity-weight", type=real(0.0, above=True), **several)
     add("--sparsity-loss", choices=("l2", "l1"), **several)
     add("--sparsity-cost", choices=("equal", "macs"), **several)
+    add_machine_flags(p)
     args, rows, asked = p.parse_args(argv), [], ("sparsity_weight", "sparsity_loss", "sparsity_cost")
     check_own("--out", file := args.out and Path(args.out).with_suffix(".json"), "command", "runs")
     for key in asked:
         if (n := len(vars(args)[key] or [0])) not in (1, len(args.model)):
             raise InputError(f"--{key.replace('_', '-')}: {n} values, {len(args.model)} runs: give one, or one per run")
+    where = pick_device(args.device, args.dtype)
     for i, name in enumerate(args.model):
-        model, _, items, _ = open_with_items(name, load_examples(args.data, "test", args.limit), 0)
+        model, _, items, _ = open_with_items(name, load_examples(args.data, "test", args.limit), 0, None, *where)
         if model.config.gate is None:
             raise InputError(f"--model {name} has no gates: give a model that was trained with them")
         known = settings_of(model)

@@ -157,12 +157,12 @@ def test_counts_only(capsys, monkeypatch):
 
 
 def test_the_peer_is_asked_for_the_same_work(tmp_path, monkeypatch):
-    """A peer that reads other batches or decodes another number of steps than we do, or rows that never reach the
-    file."""
+    """A peer that reads other batches, decodes another number of steps or does it elsewhere than we do, or rows that
+    never reach the file."""
     asked, folder = [], ROOT / "tests/golden/llama_rope3"
 
-    def peer(model, works, steps, repeats):
-        asked.append((model, steps, repeats, [(work, tuple(shape)) for work, shape, _ in works]))
+    def peer(model, works, steps, repeats, device, dtype):
+        asked.append((model, steps, repeats, [(work, tuple(shape)) for work, shape, _ in works], device.type, dtype))
         assert all(ours() > 0 for _, _, ours in works)
         return [{"work": "load", "peer": "from_pretrained"}]
     monkeypatch.setattr(bench, "find_spec", lambda name: name)
@@ -172,5 +172,6 @@ def test_the_peer_is_asked_for_the_same_work(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "CONTEXT", 6)
     argv = ["--peer", "transformers", "--model", str(folder), "--repeats", "2", "--device", "cpu"]
     assert bench.main([*argv, "--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")]) == 0
-    assert asked == [(str(folder), 3, 2, [("prefill", (8, 512)), ("decode", (1, 6)), ("decode", (8, 6))])]
+    works = [("prefill", (8, 512)), ("decode", (1, 6)), ("decode", (8, 6))]
+    assert asked == [(str(folder), 3, 2, works, "cpu", torch.float32)]
     assert json.loads((tmp_path / "b.json").read_text()) == [{"work": "load", "peer": "from_pretrained"}]

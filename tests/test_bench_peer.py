@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench_peer
 from bench_peer import Peer
@@ -24,6 +25,10 @@ def note(*what):
 
 class Model:
     config = SimpleNamespace(vocab_size=7)
+
+    def to(self, device):
+        note(str(device))
+        return self
 
     def __call__(self, ids, past_key_values=None, **how):
         note(list(ids.shape), past_key_values, how, torch.is_grad_enabled(), int(ids.max()) < 7)
@@ -61,14 +66,14 @@ def test_worker_loads_in_a_process_of_its_own():
 
 def test_worker_does_the_work_it_is_asked_for(notes):
     """A peer that computes all logits, keeps no cache, works with gradients, or decodes one step more or less; a
-    context that is timed along with the steps."""
-    peer = Peer("sdpa", FOLDER)
+    context that is timed along with the steps; another device or dtype than asked for."""
+    peer = Peer("sdpa", FOLDER, torch.device("cpu"), torch.bfloat16)
     assert peer.ask("prefill", 2, 5, 3) > 0 and peer.ask("decode", 4, 6, 3) > 0
     peer.close()
     assert peer.process.returncode == 0
     first, cached = {"use_cache": True, "logits_to_keep": 1}, {"use_cache": True}
     assert notes() == [
-        [str(FOLDER), "sdpa", "torch.float32"], [[2, 5], None, first, False, True],
+        [str(FOLDER), "sdpa", "torch.bfloat16"], ["cpu"], [[2, 5], None, first, False, True],
         [[4, 6], None, first, False, True], *([[4, 1], length, cached, False, True] for length in (6, 7, 8))]
 
 
@@ -77,7 +82,7 @@ def test_a_worker_that_has_stopped_is_told(notes):
     peer = Peer("eager", FOLDER)
     peer.process.kill()
     peer.process.wait()
-    with pytest.raises(InputError, match="peer process stopped; to see why: python bench_peer.py sdpa FOLDER"):
+    with pytest.raises(InputError, match="stopped; to see why: python bench_peer.py sdpa FOLDER cpu float32"):
         peer.ask("prefill", 1, 2, 3)
 
 
@@ -91,8 +96,8 @@ def test_rows_of_the_comparison(monkeypatch, capsys):
     loads = {"ours": iter([1.0, 2.0, 30.0]), "sdpa": iter([5.0, 4.0, 90.0, 0.0]), "eager": iter([0.0])}
 
     class Stub:
-        def __init__(self, kind, folder):
-            assert folder == "folder"
+        def __init__(self, kind, *about):
+            assert about == ("folder", "cuda:1", torch.float32)
             self.kind, self.loaded = kind, {"seconds": next(loads[kind]), "peak_mb": 10.0 if kind == "ours" else 20.0}
             open_now.append(self)
 
@@ -106,7 +111,7 @@ def test_rows_of_the_comparison(monkeypatch, capsys):
     monkeypatch.setattr(bench_peer, "Peer", Stub)
     ours = iter([0.4, 0.1, 0.2, 2.0, 2.0, 2.0])
     works = [("prefill", (8, 512), lambda: next(ours)), ("decode", (1, 256), lambda: next(ours))]
-    rows = bench_peer.bench_peer("folder", works, 16, 3)
+    rows = bench_peer.bench_peer("folder", works, 16, 3, "cuda:1", torch.float32)
     assert not open_now and next(ours, None) is None
     assert asked == [(kind, *work, 16) for work in (("prefill", 8, 512), ("decode", 1, 256))
                      for _ in range(3) for kind in ("eager", "sdpa")]

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import build, complaint
 from data import encode_prompt
@@ -75,7 +76,7 @@ def test_ratios_are_of_medians_of_the_same_rounds(models, tmp_path, monkeypatch)
         monkeypatch.setattr(decode_time, name, of)
     r = timed(tmp_path / "rows.json", "0.2", peer="transformers", **models)["20% asked"]
     in_turn = [(name, len(prompt)) for prompt in PROMPTS for name in costs]
-    assert turns == [("sdpa", models["dense"]), *3 * in_turn, ("closed",)]
+    assert turns == [("sdpa", models["dense"], torch.device("cpu"), torch.float32), *3 * in_turn, ("closed",)]
     assert (r["seconds"], r["ms_per_token"]) == ([4, 6, 20], pytest.approx(1000 * 6 / (2 * 7)))
     assert r["over"] == {"budget 1.0": [5 / 3, 0.5, 3], "dense": [3 / 3, 1, 3], "transformers": [7 / 3, 0.6, 4]}
 
