@@ -112,12 +112,12 @@ def files():
 
 def unused(text):
     """Names that Python source imports and never mentions again."""
-    tree = ast.parse(text)
-    names = [(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
+    nodes = list(ast.walk(ast.parse(text)))
+    names = [(alias.asname or alias.name).split(".")[0] for node in nodes
              if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}                # of an attribute the first
-    used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}               # fixtures
-    used |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}        # usefixtures("...")
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}             # of an attribute the first
+    used |= {node.arg for node in nodes if isinstance(node, ast.arg)}            # fixtures
+    used |= {node.value for node in nodes if isinstance(node, ast.Constant)}     # usefixtures("...")
     return [name for name in names if name not in used]
 
 
