@@ -16,7 +16,6 @@ import eval_gsm8k
 import generate
 import own_text
 import toy_runs
-import train
 from eval_gsm8k import run_row
 from pretend_gpu import WAITS, OnGpu, pretended
 from toy_runs import ROOT, Killed, at_step, folder, kill, last, metrics, undisturbed, words
