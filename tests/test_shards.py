@@ -17,10 +17,10 @@ import torch
 import train
 from conftest import complaint
 from gates import GateConfig, SkipPolicy
-from load_weights import load_model
+from load_weights import load_model, save_model
 from test_imports import OURS, imports, tree_of
-from toy_runs import (FLAGS, Killed, ROOT, at_step, folder, kill, last, metrics, run, same_bits, state, undisturbed,
-                      words)
+from toy_runs import (FLAGS, Killed, ROOT, at_step, folder, kill, last, metrics, run, same_bits, state, toy,
+                      undisturbed, words)
 
 STEPS = dict(FLAGS, steps=8, batch_size=4, save_every=4)
 GLOBAL = dict(STEPS, gate="scalar", threshold="global", schedule="uniform", budget_end=0.7, sparsity_cost="macs",
@@ -28,9 +28,15 @@ GLOBAL = dict(STEPS, gate="scalar", threshold="global", schedule="uniform", budg
 ALL_RUN = dict(STEPS, steps=4, compute="compact", schedule="uniform", budget_end=1.0)
 JOBS = {                                                         # name: flags, switches
     "compact": (dict(GLOBAL, compute="compact"), []), "masked": (dict(GLOBAL, grad_accum=2, batch_size=2), []),
+    "Gemma 2": (dict(GLOBAL, compute="compact", gate="vector"), []),
     "two then one": (dict(GLOBAL, compute="compact"), []), "one then two": (dict(GLOBAL, compute="compact"), []),
     "skips": (ALL_RUN, []), "skips, frozen": (ALL_RUN, ["--freeze-backbone", "--checkpoint-activations"])}
 BROKEN_AT = 6                                                    # two steps after the save
+
+
+def of(folder, name):
+    """The model that a job begins with: the Llama, or beside it the Gemma 2."""
+    return folder.with_name("gemma") if name == "Gemma 2" else folder
 
 
 def torchrun(*command, **how):
@@ -67,7 +73,7 @@ def one_rank(monkeypatch, folder, out, name, broken=False):
             with pytest.raises(Killed):
                 run(folder, out, *switches, **flags)
         else:
-            assert run(folder, out, *switches, **flags) == 0
+            assert run(of(folder, name), out, *switches, **flags) == 0
     return out
 
 
@@ -75,6 +81,10 @@ def one_rank(monkeypatch, folder, out, name, broken=False):
 def pair(folder, tmp_path_factory):
     """A folder with the run of each job on two ranks; "two then one" is broken off, "one then two" resumed."""
     base = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(1)
+    model, tokenizer = toy(of(folder, "Gemma 2"), architectures=["Gemma2ForCausalLM"], model_type="gemma2",
+                           hidden_act="gelu_pytorch_tanh", sliding_window=16, query_pre_attn_scalar=12)
+    save_model(model, of(folder, "Gemma 2"), tokenizer)
     with pytest.MonkeyPatch.context() as m:
         one_rank(m, folder, base / "one then two", "one then two", broken=True)
     process = torchrun(__file__, folder, base)
@@ -104,7 +114,7 @@ def close(a, b):
         assert (a["quantile"] - b["quantile"]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["compact", "masked"])
+@pytest.mark.parametrize("name", ["compact", "masked", "Gemma 2"])
 def test_two_ranks_are_one(pair, folder, tmp_path, monkeypatch, name):
     """A mean over the ranks for a sum, a price or a norm of one rank's own, a shard that is lost on the way to disk."""
     close(pair / name, one_rank(monkeypatch, folder, tmp_path / "run", name))
@@ -235,7 +245,8 @@ def on_this_rank(folder, base):
             train.budget_at = lambda step, *rest: kill() if step == BROKEN_AT else real[1](step, *rest)
         resume = ["--resume"] if name == "one then two" else []
         try:
-            train.main(words(*switches, *resume, **{**flags, "model": folder, "out": Path(base) / name}), ranks)
+            model = of(Path(folder), name)
+            train.main(words(*switches, *resume, **{**flags, "model": model, "out": Path(base) / name}), ranks)
         except Killed:
             dist.barrier()
 
