@@ -47,6 +47,7 @@ PAPER_BUT = {                                                    # {}: the dense
     "MAC costs": "--sparsity-cost macs", "one threshold": "--threshold global",
     "one threshold, MAC costs": "--threshold global --sparsity-cost macs",
     "from the tuned model": "--model {}", "from the tuned model, frozen": "--model {} --freeze-backbone",
+    "three times the steps": "--steps 1800",
 }
 OURS_BUT = {
     "per branch": "--threshold branch", "equal costs": "--sparsity-cost equal", "vector gates": "--gate vector",
