@@ -156,6 +156,16 @@ def one(name, seed, threads, stays=False):
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 
+def own_decisions(runs, names):
+    """Markdown lines: what the routers of each named row do by themselves, a point on no curve of thresholds."""
+    lines = ["| as the router decides | seeds | accuracy | pairs skipped | MACs saved |", "|---" * 5 + "|"]
+    for name in names:
+        if points := [row for r in runs for row in r["rows"] if (row["row"], row["asked"]) == (name, None)]:
+            cells = [study.spread([100 * row[key] for row in points]) for key in ("accuracy", "skipped", "macs_saved")]
+            lines.append(f"| {name} | {len(points)} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def parse_args(argv):
     p = Parser("GateSkip beside every method that the paper compares with, on the embedded model, over seeds.")
     p.add_argument("--rows", nargs="+", choices=EVERY, metavar="METHOD",
@@ -176,14 +186,14 @@ def main(argv=None):
     if not args.from_results:
         study.study(FILE, [[(name, seed) for name in names for seed in args.seeds]],
                     partial(one, stays=args.stays), args.jobs)
-    found = study.entries(FILE)
-    if not found:
+    if not (found := study.entries(FILE)):
         raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
-    runs = study.entries(table5_ablations.FILE) + found
+    curves = study.entries(table5_ablations.FILE) + [
+        {**r, "rows": [row for row in r["rows"] if row["asked"] is not None]} for r in found]
     rows = [*OF_TABLE_5, *(row for method in EVERY.values() for row in method.views)]
     print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %; -: not reached\n")
-    print("\n".join([*table5_ablations.table(runs, "skipped", rows), "",
-                      *table5_ablations.table(runs, "macs_saved", rows)]))
+    print("\n".join([*table5_ablations.table(curves, "skipped", rows), "",
+                      *table5_ablations.table(curves, "macs_saved", rows), "", *own_decisions(found, rows)]))
 
 
 if __name__ == "__main__":

@@ -52,14 +52,19 @@ def test_the_early_exits_of_a_row_share_a_model(small):
 
 
 def test_the_table(small, capsys):
-    """A row of the wrong file, a method that is measured and not printed, results of before lost."""
+    """A row of the wrong file, a method that is measured and not printed, a router's own decision on a curve."""
     assert "leave out --from-results" in complaint(table1.main, ["--from-results"])
-    row = lambda name, skipped, right: {"row": name, "skipped": skipped, "macs_saved": skipped / 2, "accuracy": right}
-    study.keep("table1.json", {"model": "SkipLayer", "seed": 1, "rows": [row("SkipLayer", x, 1 - x) for x in (0, 0.2)]})
+    row = lambda name, skipped, right, asked=0.0: {"row": name, "asked": asked, "skipped": skipped,
+                                                   "macs_saved": skipped / 2, "accuracy": right}
+    own = row("SkipLayer", 0.1, 0.3, None)
+    study.keep("table1.json", {"model": "SkipLayer", "seed": 1, "rows": [
+        *(row("SkipLayer", x, 1 - x) for x in (0, 0.2)), own]})
+    study.keep("table1.json", {"model": "MindSkip", "seed": 1, "rows": [row("MindSkip", 0, 1)]})
     study.keep("table5.json", {"model": "ours", "seed": 1, "rows": [row("ours", x, 1 - x / 2) for x in (0, 0.4)]})
     table1.main(["--from-results"])
-    skipped, saved = capsys.readouterr().out.split("\n\n")[1:]
+    skipped, saved, owns = capsys.readouterr().out.split("\n\n")[1:]
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[2:] for line in skipped.splitlines()}
     assert cells["SkipLayer"][:3] == ["100.0 (0)", "95.0 (2)", "90.0 (5)"] and cells["SkipLayer"][5] == "-"
     assert cells["ours"][6] == "85.0 (15)" and list(cells).index("ours") < list(cells).index("SkipLayer")
     assert [line for line in saved.splitlines() if line.startswith("| SkipLayer")][0].split(" | ")[4] == "80.0"
+    assert owns.splitlines()[2:] == ["| SkipLayer | 1 | 30.0 | 10.0 | 5.0 |"]
