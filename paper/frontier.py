@@ -98,8 +98,8 @@ def one(name, seed, threads):
     shutil.rmtree(folder)
     shutil.rmtree(start)
     saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]
-    return study.entry_of(name, seed, accuracy=row["accuracy"], n=row["n"], macs_saved=saved[0].item(),
-                          answer={"macs_saved": saved[1].item()})
+    return study.entry_of(name, seed, rows=[{**row, "row": name, "macs_saved": saved[0].item(),
+                                             "answer": {"macs_saved": saved[1].item()}}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def curves(gated, smaller, of):
         at = [interpolate([(100 * of(r), 100 * r["accuracy"]) for r in seed], TARGETS) for seed in rows if seed]
         found[label] = {t: seeds for t, *seeds in zip(TARGETS, *at) if seeds and None not in seeds}
     for label, sizes in SMALLER.items():
-        mine = [[r for r in smaller if r["model"] == name] for name in sizes]
+        mine = [[row for r in smaller for row in r["rows"] if row["row"] == name] for name in sizes]
         found[label] = {100 * of(m[0]): [100 * r["accuracy"] for r in m] for m in mine if m}
     return {label: points for label, points in found.items() if points}
 

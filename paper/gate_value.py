@@ -134,8 +134,10 @@ def main(argv=None):
         if lack := ", ".join(f"--sparsity-{flag}" for flag, good in fits.items() if not good):
             raise InputError(f"{name}: {lack}: not recorded, or no price can be made of it: give it")
         costs = branch_costs(model.config) if cost == "macs" else [1.0] * 2 * model.config.num_hidden_layers
+        if beyond := [b for b in args.without if b >= len(costs)]:
+            raise InputError(f"--without {beyond[0]}: {name} has branches 0 to {len(costs) - 1}")
         m = measure(model, items, make_policy(model.config, "frozen", args.budget), weight, loss, costs)
-        m["kept"][[b for b in args.without if b < len(costs)]] = False
+        m["kept"][args.without] = False
         if not m["kept"].any():
             raise InputError(f"{name}: nothing runs: give a larger --budget, or leave out less")
         r = {"title": f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}", "seed": known.get("seed"),

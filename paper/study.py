@@ -1,9 +1,10 @@
 """Trainings that are never run twice: a file of results, one entry a line, and a pool that makes what it lacks.
 
-An entry is a dict with "model" and "seed", by which it is known, and whatever was measured.
+An entry is a dict with "model" and "seed", by which it is known, and "rows", what was measured.
 """
 import contextlib
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -45,10 +46,20 @@ def entries(file):
     file = RESULTS / file
     if not file.exists():
         return []
-    held = read_json(file)
-    if not isinstance(held.get("runs"), list):
+    runs = read_json(file).get("runs")
+    if not isinstance(runs, list):
         raise InputError(f"{file} is no file of this program: move it away")
-    return held["runs"]
+    for i, r in enumerate(runs):
+        if not (isinstance(r, dict) and isinstance(r.get("model"), str) and type(r.get("seed")) is int
+                and isinstance(r.get("rows"), list) and all(map(_measured, r["rows"]))):
+            raise InputError(f"{file}: entry {i + 1} is not as this program writes it: mend it, or take it out")
+    return runs
+
+
+def _measured(row):
+    """Whether a row has its name, and numbers where tables read them."""
+    return isinstance(row, dict) and isinstance(row.get("row"), str) and all(
+        type(row.get(key)) in (int, float) and math.isfinite(row[key]) for key in ("accuracy", "skipped", "macs_saved"))
 
 
 def keep(file, entry):

@@ -160,7 +160,7 @@ def own_decisions(runs, names):
     """Markdown lines: what the routers of each named row do by themselves, a point on no curve of thresholds."""
     lines = ["| as the router decides | seeds | accuracy | pairs skipped | MACs saved |", "|---" * 5 + "|"]
     for name in names:
-        if points := [row for r in runs for row in r["rows"] if (row["row"], row["asked"]) == (name, None)]:
+        if points := [row for r in runs for row in r["rows"] if (row["row"], row.get("asked", 0.0)) == (name, None)]:
             cells = [study.spread([100 * row[key] for row in points]) for key in ("accuracy", "skipped", "macs_saved")]
             lines.append(f"| {name} | {len(points)} | " + " | ".join(cells) + " |")
     return lines
@@ -189,7 +189,7 @@ def main(argv=None):
     if not (found := study.entries(FILE)):
         raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
     curves = study.entries(table5_ablations.FILE) + [
-        {**r, "rows": [row for row in r["rows"] if row["asked"] is not None]} for r in found]
+        {**r, "rows": [row for row in r["rows"] if row.get("asked", 0.0) is not None]} for r in found]
     rows = [*OF_TABLE_5, *(row for method in EVERY.values() for row in method.views)]
     print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %; -: not reached\n")
     print("\n".join([*table5_ablations.table(curves, "skipped", rows), "",

@@ -110,7 +110,7 @@ def main(argv=None):
     print("exact answers, %, mean ± sample deviation over seeds; savings are of the whole dense model's MACs; -: not "
           "reached\n")
     print("\n".join(table5_ablations.table(runs, "macs_saved", ROWS)))
-    sizes = (f"{row} {size / 1e6:.2f}" for row, size in runs[0]["bytes"].items())
+    sizes = (f"{row} {size / 1e6:.2f}" for row, size in runs[0].get("bytes", {}).items())
     print(f"\nmemory of all tensors, MB: {', '.join(sizes)}")
 
 

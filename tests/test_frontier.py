@@ -44,20 +44,21 @@ def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, ch
     monkeypatch.setattr(frontier.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
                         or sweep(folder, *args))
     assert frontier.one("tuned", 1, 1) is None
-    found = frontier.one(name, 1, 1)
+    found, = frontier.one(name, 1, 1)["rows"]
     assert {key: getattr(made[0], key) for key in change} == change
     dense = load_model(frontier.testbed.START).config
     smaller = made[0].hidden_size * made[0].num_hidden_layers < dense.hidden_size * dense.num_hidden_layers
     assert (found["macs_saved"] > 0) == smaller and (found["answer"]["macs_saved"] > 0) == smaller
-    assert found["n"] == 3 and {path.name for path in study.WORK.iterdir() if path.is_dir()} <= {"tuned-s1"}
+    assert found["row"] == name and found["n"] == 3 and {path.name for path in study.WORK.iterdir() if path.is_dir()} <= {"tuned-s1"}
 
 
 def test_curves_keep_seeds_apart(small, capsys):
     """A mean of means, a seed that lacks a point left out in silence, a smaller model at another's savings."""
     gated = [entry("ours", 1, [(0.0, 1.0), (0.4, 0.8)]), entry("paper", 1, [(0.0, 0.5)]),
              entry("ours", 2, [(0.0, 0.9), (0.2, 0.9)])]
-    smaller = [{"model": "2 blocks removed", "seed": seed, "accuracy": y, "n": 9, "macs_saved": 0.25,
-                "answer": {"macs_saved": 0.26}} for seed, y in ((1, 0.7), (2, 0.6))]
+    smaller = [{"model": "2 blocks removed", "seed": seed, "rows": [
+        {"row": "2 blocks removed", "accuracy": y, "n": 9, "skipped": 0.0, "macs_saved": 0.25,
+         "answer": {"macs_saved": 0.26}}]} for seed, y in ((1, 0.7), (2, 0.6))]
     found = frontier.curves(gated, smaller, frontier.PARTS["all tokens"])
     assert found == {"one threshold, MAC costs (ours)": {0: [100.0, 90.0], 10: [90.0, 90.0]},
                      "the paper's recipe": {0: [50.0]},

@@ -124,6 +124,7 @@ def test_command(tmp_path, monkeypatch):
     for said, words in {"has no gates": flags("dense", "dense"), "config.json": flags("", ""),
                         "not recorded": flags("run")[7:], "one per run": flags("run", "run", "run"),
                         "--sparsity-loss: 2 values, 1 runs": flags("run"), "is empty": [*flags("run"), "--out", ""],
+                        "--without 4: ": [*flags("run"), *"--sparsity-loss l2 --without 0 4".split()],
                         "b.json cannot be": flags("run", to="b.png"), "written": flags("run", to="no/a.png")}.items():
         assert said in complaint(main, words), said
     for text in '{"rows": [], "made_with": {}}', "mine":

@@ -151,6 +151,19 @@ def test_results_are_kept_and_never_run_again(small, monkeypatch):
     assert json.loads((study.RESULTS / "table5.json").read_text()) == {"rows": 1}
 
 
+@pytest.mark.parametrize("wrong", [
+    1, {"model": "ours"}, {"model": 1, "seed": 1, "rows": []}, {"model": "ours", "seed": "1", "rows": []},
+    {"model": "ours", "seed": 1}, {"model": "ours", "seed": 1, "rows": {}}, {"model": "ours", "seed": 1, "rows": [1]},
+    entry("ours", 1, [(0.0, "1")]), entry("ours", 1, [(0.0, float("nan"))]), entry("ours", 1, [(0.0, True)])])
+def test_an_entry_that_is_none_of_ours(small, wrong):
+    """A traceback of the first table that meets it, hours after a file was merged by hand."""
+    held = json.dumps({"runs": [entry("paper", 1, [(0.0, 1.0)]), wrong]})
+    (study.RESULTS / "table5.json").write_text(held)
+    for command in (["--from-results"], ["--rows", "paper", "--seeds", "1"]):
+        assert "table5.json: entry 2 is not as this program writes it" in complaint(table5.main, command)
+    assert (study.RESULTS / "table5.json").read_text() == held
+
+
 JOBS = """
 import time
 from pathlib import Path
@@ -162,7 +175,7 @@ def one(name, seed, threads):
     while not Path("fails").exists():
         time.sleep(0.01)
     time.sleep(0.5)                                              # until the failure has been told
-    return {"model": name, "seed": seed}
+    return {"model": name, "seed": seed, "rows": []}
 """
 
 
