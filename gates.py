@@ -1,4 +1,4 @@
-"""The paper and nothing else: gate, threshold, selection, who may skip, budget, sparsity loss.
+"""The paper's method, and what little is ours marked so: gate, threshold, selection, budget, sparsity loss.
 
 "What Layers When: Learning to Skip Compute in LLMs with Residual Gates", arXiv 2510.13876.
 A decoder with L layers has 2L residual branches, numbered attn 0, mlp 0, attn 1, mlp 1, ...

@@ -270,8 +270,8 @@ NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",          
 
 def parse_args(argv):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser("Fine-tune a model with residual gates (Algorithm 1). The defaults shown are Table 15 of the paper; a "
-               "preset changes some: " + "; ".join(f"{name} {changed}" for name, changed in PRESETS.items()))
+    p = Parser("Fine-tune a model with residual gates (Algorithm 1). Defaults: Table 15 of the paper, but --lr, from its "
+               "authors' code; presets: " + "; ".join(f"{name} {changed}" for name, changed in PRESETS.items()))
     add = p.add_argument
     add("--preset", choices=PRESETS, help="defaults for a model; tiny if neither --model nor --init-config is given")
     # input and output
@@ -297,7 +297,7 @@ def parse_args(argv):
     add("--warmup", type=whole(0), help="steps of linear warm-up")
     add("--seed", type=seed_number, default=1, help="of data order, gates, budgets")
     # the paper
-    add("--schedule", choices=("linear", "uniform"), help="budget: Algorithm 1's decay, or drawn anew each step")
+    add("--schedule", choices=("linear", "uniform"), help="budget: Algorithm 1's decay, or drawn (each fourth full)")
     add("--budget-start", type=check_budget, help="share of tokens that a branch keeps at first (global: of the work)")
     add("--budget-end", type=check_budget, help="and at last; uniform draws between the two")
     add("--threshold", choices=("branch", "global"), default="branch",

@@ -11,14 +11,46 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from console import InputError
+from console import InputError, pick_device
+from flags import add_machine_flags, whole
 
 import torch
 from tqdm import tqdm
 
+from data import load_examples
 from generate import Sampling
+from opened import open_with_items
 from rows import KVCache
 from savings import macs_of
+
+
+def add_flags(p):
+    """Those of every command that drafts."""
+    add = p.add_argument
+    add("--gammas", type=whole(1), nargs="+", default=[2, 4, 6], metavar="N", help="drafted tokens of a round")
+    add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
+    add("--limit", type=whole(1), default=20, help="the first N questions")
+    add("--new-tokens", type=whole(3), default=48, help="of an answer, at most; the first is the prefill's, not timed")
+    add("--repeats", type=whole(1), default=5, help="rounds of timing")
+    add_machine_flags(p)
+
+
+def open_prompts(args, check):
+    """(the model of --model, lists of ids that ask --data's questions, ids that end an answer) as those flags say.
+
+    check(model) raises InputError for a model that cannot draft so. InputError, too, for questions without room."""
+    examples = load_examples(args.data, "test", args.limit)
+    if isinstance(examples[0], str):
+        raise InputError(f"--data {args.data} is plain text: give a file of questions")
+    model, _, items, _ = open_with_items(args.model, examples, 0, None, *pick_device(args.device, args.dtype))
+    check(model)
+    prompts = [ids[:mask.index(True)] for ids, mask in items]
+    room = model.config.max_position_embeddings - max(map(len, prompts), default=0)
+    if not prompts or args.new_tokens > room:
+        raise InputError(f"--new-tokens {args.new_tokens}: the longest prompt of --data leaves the model room for "
+                         f"{room}")
+    print(f"{args.model}: {len(prompts)} prompts, {args.repeats} rounds of timing, {torch.get_num_threads()} threads")
+    return model, prompts, set(model.config.eos_ids)
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def main(argv=None):
     for part, of in PARTS.items():
         print(f"\nexact answers, %, at % of MACs saved, {part}: mean±sample deviation over seeds (number of seeds)")
         for label, points in curves(gated, smaller, of).items():
-            print(f"{label:36}" + "  ".join(f"{x:.1f}: {study.spread(y)} ({len(y)})" for x, y in points.items()))
+            print(f"{label:36}" + "  ".join(f"{x:.1f}: {study.mean_std(y)} ({len(y)})" for x, y in points.items()))
     if plot(gated, smaller, args.out):
         print(f"\nwritten: {args.out}")
 

@@ -52,7 +52,7 @@ def of_dense(runs):
             gated = [row for row in r["rows"] if row["row"] == name]
             left.append(curve([(row["macs_saved"], row["accuracy"] / dense) for row in gated] if dense else []))
         if left:
-            lines.append(f"| {name} | {len(left)} | " + " | ".join(map(study.spread, zip(*left))) + " |")
+            lines.append(f"| {name} | {len(left)} | " + " | ".join(map(study.mean_std, zip(*left))) + " |")
     return lines
 
 

@@ -19,18 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, whole
+from console import InputError, run
+from flags import Parser, whole
 
 import torch
 from torch import nn
 
-from against_plain import compare
+from against_plain import add_flags, compare, open_prompts
 from bench import rewind
-from data import load_examples
 from early_exit import EarlyExit, through, training, unembed
 from model import Model
-from opened import open_with_items
 from savings import count_macs
 from speculative import accept, probabilities, speculate
 
@@ -55,7 +53,7 @@ def loss_weights(layers, step, steps, e_scale=1.0, rotation=None):
 
 class LayerSkip(EarlyExit):
     """The model in training. The paper fine-tunes with p_max 0.1 to 0.2, e_scale 1, R = 16 or gradual."""
-    p_max, e_scale, rotation = 0.1, 1.0, None
+    p_max, e_scale, rotation = 0.1, 1.0, None                    # gradual; the tests alone rotate
 
     def sits_out(self, layer, valid):
         """Each sample by itself passes block l by with probability D(l) p_max: (B, S) bool, the same in a row."""
@@ -156,25 +154,12 @@ def main(argv=None):
     add = p.add_argument
     add("--model", required=True, metavar="RUN", help="folder, a run's --out, or hub id; without gates")
     add("--exit", type=whole(1), required=True, metavar="E", help="how many blocks draft")
-    add("--gammas", type=whole(1), nargs="+", default=[2, 4, 6], metavar="N", help="drafted tokens of a round")
-    add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
-    add("--limit", type=whole(1), default=20, help="the first N questions")
-    add("--new-tokens", type=whole(3), default=48, help="of an answer, at most; the first is the prefill's, not timed")
-    add("--repeats", type=whole(1), default=5, help="rounds of timing")
-    add_machine_flags(p)
+    add_flags(p)
     args = p.parse_args(argv)
-    examples, n = load_examples(args.data, "test", args.limit), args.new_tokens
-    if isinstance(examples[0], str):
-        raise InputError(f"--data {args.data} is plain text: give a file of questions")
-    model, _, items, _ = open_with_items(args.model, examples, 0, None, *pick_device(args.device, args.dtype))
-    check_exit(model.config, args.exit)
-    prompts, eos = [ids[:mask.index(True)] for ids, mask in items], set(model.config.eos_ids)
-    if n > (room := model.config.max_position_embeddings - max(map(len, prompts))):
-        raise InputError(f"--new-tokens {n}: the longest prompt of --data leaves the model room for {room}")
-    ways = {(f"exit {args.exit}", gamma): partial(self_speculate, model, args.exit, gamma, n, eos)
+    model, prompts, eos = open_prompts(args, lambda model: check_exit(model.config, args.exit))
+    ways = {(f"exit {args.exit}", gamma): partial(self_speculate, model, args.exit, gamma, args.new_tokens, eos)
             for gamma in args.gammas}
-    print(f"{args.model}: {len(prompts)} prompts, {args.repeats} rounds of timing, {torch.get_num_threads()} threads")
-    compare(model, ways, prompts, n, eos, args.repeats)
+    compare(model, ways, prompts, args.new_tokens, eos, args.repeats)
     return 0
 
 

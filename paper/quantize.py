@@ -2,8 +2,8 @@
 
     python paper/quantize.py --model runs/gated --kind nf4 --double --data train.jsonl --out runs/gated-nf4
 
-Frozen thresholds are measured anew on --data. The scripts of this folder that open a model with its data open such a
-folder too (opened.py); load_model, and so generate.py and train.py, refuse it.
+Frozen thresholds are measured anew on --data. Which scripts of this folder open such a folder (opened.py) is told in
+README.md; load_model, and so generate.py and train.py, refuse it.
 """
 import os
 import sys

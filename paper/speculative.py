@@ -28,19 +28,18 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, real, seed_number, whole
+from console import InputError, run
+from flags import Parser, real, seed_number
 
 import torch
 
-from against_plain import compare
+from against_plain import add_flags, compare, open_prompts
 from bench import rewind
-from data import load_examples
 from disk import write
 from gates import check_budget
 from generate import Sampling
 from load_weights import model_digest
-from opened import check_own, open_with_items
+from opened import check_own
 from rows import KVCache
 from savings import macs_of
 from thresholds import make_policy
@@ -154,33 +153,25 @@ def main(argv=None):
     add = p.add_argument
     add("--model", required=True, metavar="RUN", help="a calibrated model with gates: folder, a run's --out, or hub id")
     add("--draft-budgets", type=check_budget, nargs="+", default=[0.8, 0.7], metavar="B", help="of the frozen table")
-    add("--gammas", type=whole(1), nargs="+", default=[2, 4, 6], metavar="N", help="drafted tokens of a round")
-    add("--data", default="arithmetic", help="arithmetic (its test problems), or a .jsonl or .parquet file")
-    add("--limit", type=whole(1), default=20, help="the first N questions")
-    add("--new-tokens", type=whole(3), default=48, help="of an answer, at most; the first is the prefill's, not timed")
     add("--temperature", type=real(0.0), default=0.0, help="of both; 0 is greedy")
     add("--seed", type=seed_number, default=0, help="of sampling")
-    add("--repeats", type=whole(1), default=5, help="rounds of timing")
     add("--out", required=True, metavar="JSON", help="the file of the rows")
-    add_machine_flags(p)
+    add_flags(p)
     args = p.parse_args(argv)
     check_own("--out", args.out, "digest", "threads", "drafts")
-    device, dtype = pick_device(args.device, args.dtype)
-    examples, n = load_examples(args.data, "test", args.limit), args.new_tokens
-    if isinstance(examples[0], str):
-        raise InputError(f"--data {args.data} is plain text: give a file of questions")
-    model, _, items, _ = open_with_items(args.model, examples, 0, None, device, dtype)
-    if "thresholds" not in model.config.gateskip:
-        raise InputError(f"--model {args.model} has no gates with frozen thresholds: give a run that train.py finished")
-    prompts, eos = [ids[:mask.index(True)] for ids, mask in items], set(model.config.eos_ids)
-    room = model.config.max_position_embeddings - max(map(len, prompts), default=0)
-    if not prompts or n > room:
-        raise InputError(f"--new-tokens {n}: the longest prompt of --data leaves the model room for {room}")
-    policies = {budget: make_policy(model.config, "frozen", budget) for budget in args.draft_budgets}
+    policies, n = {}, args.new_tokens
+
+    def check(model):
+        if "thresholds" not in model.config.gateskip:
+            raise InputError(f"--model {args.model} has no gates with frozen thresholds: give a run that train.py "
+                             "finished")
+        policies.update({budget: make_policy(model.config, "frozen", budget) for budget in args.draft_budgets})
+
+    model, prompts, eos = open_prompts(args, check)
+    device = model.model["embed_tokens"].weight.device
     sampling = Sampling(args.temperature, generator=torch.Generator(device).manual_seed(args.seed))
     ways = {(f"budget {budget:g}", gamma): partial(one, model, policy, gamma, n, eos, sampling=sampling)
             for budget, policy in policies.items() for gamma in args.gammas}
-    print(f"{args.model}: {len(prompts)} prompts, {args.repeats} rounds of timing, {torch.get_num_threads()} threads")
     rows = compare(model, ways, prompts, n, eos, args.repeats, sampling)
     write(args.out, json.dumps({"command": " ".join(map(str, argv or sys.argv)), "digest": model_digest(model.source),
                                 "threads": torch.get_num_threads(), "drafts": rows}, indent=1))

@@ -120,7 +120,7 @@ def entry_of(name, seed, **measured):
     return {"model": name, "seed": seed, "date": str(date.today()), "commit": COMMIT, **measured}
 
 
-def spread(values):
+def mean_std(values):
     """"mean±sample deviation" of numbers, one per seed; "-" if a seed has None."""
     if None in values or not values:
         return "-"

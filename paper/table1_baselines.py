@@ -5,8 +5,8 @@
     python paper/table1_baselines.py --from-results              # the table again, without training
 
 Every row is trained by train.py's own loop from the same model, for as many steps on the same data, and measured by the
-answers it generates; each method's own work (its routers, its softmax tests) is paid. GateSkip, dense and random are
-those of table5_ablations.py. Stopped, it goes on with the same command.
+answers it generates; each method's own work (its routers, its softmax tests) is paid. GateSkip and random are those of
+table5_ablations.py; dense is random at 0. Stopped, it goes on with the same command.
 """
 import shutil
 import sys
@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,10 +32,9 @@ import skiplayer
 import study
 import table5_ablations
 import testbed
-from data import encode_all, load_examples
 from eval_gsm8k import run_row
 from gates import SkipPolicy
-from load_weights import load_model, load_tokenizer, read_json
+from load_weights import load_model, load_tokenizer
 
 FILE, OF_TABLE_5 = "table1.json", ("dense, random", "paper", "ours")
 SAVINGS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)             # asked for; the table is read at what came of it
@@ -49,12 +47,11 @@ FROZEN = "--lr 1e-2 --sparsity-weight 0.1"                       # a thousandth 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def by_threshold(opened, thresholds, folder, items):
-    """Early exits: {saving: (model, policy)}, the model's threshold set as its turn comes. CALM as their code: at the
-    thresholds that would save so much if who leaves did not wait for the others."""
+    """Early exits. Yields (saving asked for, model, policy), the model's threshold set as its turn comes. CALM as their
+    code: at the thresholds that would save so much if who leaves did not wait for the others."""
     model = opened(folder)
-    top = 1 - model.shallow / model.config.num_hidden_layers if isinstance(model, free.Free) else 1.0
-    model.waits = False
-    found = thresholds(model, items, [s for s in SAVINGS if s <= top])
+    model.waits = False                                          # CALM's alone
+    found = thresholds(model, items, SAVINGS)
     model.waits = True
     for saving, tau in found.items():
         if tau is not None:                                      # else out of this method's reach
@@ -126,14 +123,12 @@ EVERY = METHODS | AS_PUBLISHED
 def sweep(method, folder, seed):
     """Rows of {"row", "asked", *testbed.KEPT, "answer": {...}}: exact answers that the model generates."""
     tokenizer, rows = load_tokenizer(folder), []
-    held, _ = encode_all(load_examples("arithmetic", "calibration", testbed.CALIBRATION, seed), tokenizer,
-                         read_json(testbed.START / "config.json")["eos_token_id"], 96)
-    problems = load_examples("arithmetic", "test", testbed.PROBLEMS)
-    args = SimpleNamespace(batch_size=testbed.PROBLEMS, max_new_tokens=48)
+    held, problems, how = testbed.held_out(tokenizer, seed)
     for name, view in method.views.items():
         for saving, model, policy in view(folder, held):
-            row = run_row(name, model, tokenizer, problems, policy, 1.0 - (saving or 0.0), args)
+            row = run_row(name, model, tokenizer, problems, policy, 1.0 - (saving or 0.0), how)
             rows.append({"row": name, "asked": saving, **testbed.rounded(row)})
+            rows[-1]["budget"] = None if saving is None else rows[-1]["budget"]
     return rows
 
 
@@ -161,7 +156,8 @@ def own_decisions(runs, names):
     lines = ["| as the router decides | seeds | accuracy | pairs skipped | MACs saved |", "|---" * 5 + "|"]
     for name in names:
         if points := [row for r in runs for row in r["rows"] if (row["row"], row.get("asked", 0.0)) == (name, None)]:
-            cells = [study.spread([100 * row[key] for row in points]) for key in ("accuracy", "skipped", "macs_saved")]
+            cells = [study.mean_std([100 * row[key] for row in points])
+                     for key in ("accuracy", "skipped", "macs_saved")]
             lines.append(f"| {name} | {len(points)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -176,7 +172,7 @@ def parse_args(argv):
     p.add_argument("--stays", action="store_true", help=f"leave what is trained in {study.WORK}; without it, it goes "
                    "once it is measured")
     p.add_argument("--jobs", type=whole(1), default=1, help="methods at a time; they share torch's threads")
-    p.add_argument("--from-results", action="store_true", help="print the table of what is there, train nothing")
+    p.add_argument("--from-results", action="store_true", help="print the tables of all that is there, train nothing")
     return p.parse_args(argv)
 
 

@@ -32,7 +32,7 @@ PAPER = "--gate vector --budget-end 0.6 --compute compact"       # else Table 15
 OURS = ("--gate scalar --threshold global --sparsity-cost macs --sparsity-weight 1 --compute compact "
         "--schedule uniform --budget-end 0.4")                   # the demo's
 LINEAR = f"{OURS} --schedule linear --budget-end 0.5"            # with the paper's budget, which only falls
-PAPER_BUT = {                                                    # {}: the dense model that was tuned alike
+PAPER_BUT = {                                                    # "{}" stands for the dense model that was tuned alike
     "scalar gates": "--gate scalar", "shared gates": "--gate-shared", "MLP gates": "--gate-arch mlp",
     "low-rank gates, 4": "--gate-arch lowrank --gate-rank 4", "low-rank gates, 8": "--gate-arch lowrank --gate-rank 8",
     "low-rank gates, 16": "--gate-arch lowrank --gate-rank 16",
@@ -157,7 +157,7 @@ def table(runs, key, names):
             continue
         at, paid = (list(zip(*(curve([(r[x], r[y]) for r in found]) for found in seeds)))
                     for x, y in ((key, "accuracy"), ("skipped", "macs_saved")))
-        cells = [study.spread(a) + (f" ({sum(m) / len(m):.0f})" if key == "skipped" and None not in m else "")
+        cells = [study.mean_std(a) + (f" ({sum(m) / len(m):.0f})" if key == "skipped" and None not in m else "")
                  for a, m in zip(at, paid)]
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
@@ -168,7 +168,7 @@ def parse_args(argv):
     p.add_argument("--rows", nargs="+", metavar="MODEL", help="of: " + "; ".join(names) + " (default: all)")
     p.add_argument("--seeds", type=seed_number, nargs="+", help="default: 1 2 3, and of dense, paper and ours 4 5 too")
     p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
-    p.add_argument("--from-results", action="store_true", help="print the tables of what is there, train nothing")
+    p.add_argument("--from-results", action="store_true", help="print the tables of all that is there, train nothing")
     args = p.parse_args(argv)
     if unknown := [name for name in args.rows or () if name not in names]:
         raise InputError(f"--rows {unknown[0]!r} is no row: --help names them all")

@@ -55,7 +55,8 @@ ROWS = {"as it is": lambda model, tokenizer: None,
 
 
 def made_smaller(change, sizes, folder, items):
-    """{saving: (model, policy)} of table1_baselines.sweep. sizes: a list that gets the model's bytes and config."""
+    """Yields (saving, model, policy), for table1_baselines.sweep. sizes: a list that gets the model's bytes and config.
+    """
     model = load_model(folder).eval()
     change(model, load_tokenizer(folder))
     sizes.append((memory_of(model), model.config))
@@ -101,7 +102,7 @@ def main(argv=None):
     p = Parser("Gates on a model made smaller after training: 4-bit weights, blocks removed.")
     p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of the trainings")
     p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")
-    p.add_argument("--from-results", action="store_true", help="print the table of what is there, train nothing")
+    p.add_argument("--from-results", action="store_true", help="print the table of all that is there, train nothing")
     args = p.parse_args(argv)
     if not args.from_results:
         study.study(FILE, [[(MODEL, seed) for seed in args.seeds]], one, args.jobs)

@@ -20,7 +20,7 @@ from budgets import realised
 from data import encode_all, load_examples
 from eval_gsm8k import run_row
 from gates import SkipPolicy
-from load_weights import load_model, load_tokenizer
+from load_weights import load_model, load_tokenizer, read_json
 from price import RunningQuantile
 from savings import branch_costs
 from thresholds import calibrate, spread
@@ -30,8 +30,8 @@ START = ROOT / "examples" / "tiny-llama"
 STEPS, PROBLEMS, CALIBRATION = 600, 300, 32                      # of a stage; held-out; sequences for thresholds
 BUDGETS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 TOLERANCE, ROUNDS = 0.02, 4                                      # of thresholds: the table is read at realised savings
-KEPT = ("budget", "accuracy", "n", "skipped", "macs_saved")      # of eval_gsm8k's rows; these of generated tokens too
-OF_ANSWERS = ("skipped", "macs_saved")
+KEPT = ("budget", "accuracy", "n", "skipped", "macs_saved")      # of eval_gsm8k's rows
+OF_ANSWERS = ("skipped", "macs_saved")                           # of generated tokens, too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,17 +160,22 @@ def policies_of(view, model, items, seed, rows):
 # Measuring
 # ---------------------------------------------------------------------------------------------------------------------
 
+def held_out(tokenizer, seed):
+    """((ids, loss_mask) of the sequences for thresholds, the test problems, how eval_gsm8k.run_row asks them)."""
+    held, _ = encode_all(load_examples("arithmetic", "calibration", CALIBRATION, seed), tokenizer,
+                         read_json(START / "config.json")["eos_token_id"], 96)
+    how = SimpleNamespace(batch_size=PROBLEMS, max_new_tokens=48)                # the longest right answer has 42
+    return held, load_examples("arithmetic", "test", PROBLEMS), how
+
+
 def sweep(folder, views, seed):
     """Rows of {"view", *KEPT, "answer": {...}} for each view and budget: exact answers that the model generates."""
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
-    held, _ = encode_all(load_examples("arithmetic", "calibration", CALIBRATION, seed), tokenizer,
-                         model.config.eos_ids[0], 96)
-    problems, rows = load_examples("arithmetic", "test", PROBLEMS), []
-    args = SimpleNamespace(batch_size=PROBLEMS, max_new_tokens=48)               # the longest right answer has 42
+    model, tokenizer, rows = load_model(folder).eval(), load_tokenizer(folder), []
+    held, problems, how = held_out(tokenizer, seed)
     for view in views:
         for budget, policy in policies_of(view, model, held, seed, rows).items():
             known = next((r for r in rows if budget == 1.0 and r["budget"] == 1.0), None)
-            row = known or run_row(view, model, tokenizer, problems, policy, budget, args)
+            row = known or run_row(view, model, tokenizer, problems, policy, budget, how)
             rows.append({**row, "view": view})
     return [{"view": r["view"], **rounded(r)} for r in rows]
 

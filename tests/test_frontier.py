@@ -49,7 +49,8 @@ def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, ch
     dense = load_model(frontier.testbed.START).config
     smaller = made[0].hidden_size * made[0].num_hidden_layers < dense.hidden_size * dense.num_hidden_layers
     assert (found["macs_saved"] > 0) == smaller and (found["answer"]["macs_saved"] > 0) == smaller
-    assert found["row"] == name and found["n"] == 3 and {path.name for path in study.WORK.iterdir() if path.is_dir()} <= {"tuned-s1"}
+    assert (found["row"], found["n"]) == (name, 3)
+    assert {path.name for path in study.WORK.iterdir() if path.is_dir()} <= {"tuned-s1"}
 
 
 def test_curves_keep_seeds_apart(small, capsys):
