@@ -11,6 +11,7 @@ accuracy.
 
 Shapes: B batch, S sequence, L layers.
 """
+import io
 import json
 import os
 import statistics
@@ -172,7 +173,7 @@ HEADER = "work     batch      gate     skipped  masked s  compact s  ratio   ide
 
 
 def plot(rows, path):
-    """Ratio over budget 1.0 against what was skipped, with the ideal dashed."""
+    """Ratio over budget 1.0 against what was skipped, with the ideal dashed. True if drawn."""
     plt = pyplot()
     if plt is None:
         return
@@ -188,8 +189,10 @@ def plot(rows, path):
     axis.set(xlabel="(token, branch) pairs skipped, %", ylabel="times as fast as budget 1.0")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(drawn := io.BytesIO(), dpi=120, format="png")
     plt.close(figure)
+    write(path, drawn.getvalue())
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +217,10 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if not args.png.endswith(".png"):
         raise InputError(f"--png {args.png} must end in .png")
+    if args.json and Path(args.json).resolve() == Path(args.png).resolve():
+        raise InputError(f"--json {args.json} is --png, too: the picture would take the place of the rows")
+    if args.quick and args.work != list(MAKERS):
+        raise InputError("--quick times prefill alone: leave --work out")
     if args.peer and not args.model:
         raise InputError("--peer needs --model: a folder that transformers can open too")
     if args.peer and find_spec("transformers") is None:
@@ -231,6 +238,15 @@ def check_output(flag, path):
         raise InputError(f"{flag} {path} cannot be written ({error.strerror}): give another file") from None
 
 
+def rows_of(path):
+    """What an earlier --json wrote, a list; None for another file."""
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return held if isinstance(held, list) and all(isinstance(row, dict) and "work" in row for row in held) else None
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.counts:
@@ -239,6 +255,8 @@ def main(argv=None):
     check_output("--png", args.png)
     if args.json:
         check_output("--json", args.json)
+        if Path(args.json).exists() and not rows_of(args.json):
+            raise InputError(f"--json {args.json} is no file of this program: give another --json")
     device, dtype = pick_device(args.device, args.dtype)
     shape = "small" if args.quick else args.shape
     if args.model:
@@ -270,8 +288,9 @@ def main(argv=None):
         rows += bench_peer(args.model, works, STEPS, args.repeats, device, dtype)
     if args.json:
         write(Path(args.json).resolve(), json.dumps(rows, indent=1))
-    plot(rows, args.png)
-    print(f"\nwritten: {args.png}" + (f", {args.json}" if args.json else ""))
+    written = [path for path in (args.json, plot(rows, args.png) and args.png) if path]
+    if written:
+        print(f"\nwritten: {', '.join(written)}")
     return 0
 
 

@@ -158,6 +158,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    if not args.out:
+        raise InputError("--out is empty: name a file")
     if not args.from_results:
         wanted = [(name, seed) for name in args.models for seed in args.seeds]
         done = {(r["model"], r["seed"]) for r in study.entries(FILE)}

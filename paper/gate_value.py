@@ -92,6 +92,8 @@ def draw(rows, path):
             for axis, marker, name, points in ((left, "o", "20 bins of pairs", bins),
                                                (right, "o", "attention", [p for p in by if p[0] % 2 == 0]),
                                                (right, "s", "MLP", [p for p in by if p[0] % 2 == 1])):
+                if not points:                                   # --without them all
+                    continue
                 _, value, due, benefit, error = zip(*points)
                 axis.plot(value, due, "_", color="#e07b00", ms=12, label="as derived" * (how + marker == "heldo"))
                 axis.errorbar(value, benefit, error, color=colour, ls="", marker=marker, label=f"{name}, {how}")
@@ -138,18 +140,20 @@ def main(argv=None):
             raise InputError(f"--without {beyond[0]}: {name} has branches 0 to {len(costs) - 1}")
         m = measure(model, items, make_policy(model.config, "frozen", args.budget), weight, loss, costs)
         m["kept"][args.without] = False
-        if not m["kept"].any():
-            raise InputError(f"{name}: nothing runs: give a larger --budget, or leave out less")
+        if m["kept"].any(1).sum() < 2:
+            raise InputError(f"{name}: nothing runs, or one branch: give a larger --budget, or leave out less")
         r = {"title": f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}", "seed": known.get("seed"),
              "digest": model_digest(model.source), "gate": m["gate"].mean().item(),
              "run": m["kept"].double().mean().item(), **{how: compare(m, how) for how in HOW}}
+        if not torch.tensor([x for how in HOW for key in LINE for x in r[how][key]]).isfinite().all():
+            raise InputError(f"{name}: no number comes of it: give another --sparsity-weight")
         rows.append((r, m))
         for how in HOW:
             print("{}, {}: slope {:.2f} ± {:.2f}; r, rho of pairs {:.2f} {:.2f}, bins {:.2f} {:.2f}, branches {:.2f} "
                   "{:.2f}".format(r["title"], how, *(x for key in LINE for x in r[how][key])))
     numbers = {"command": " ".join(["python", *sys.argv]), **vars(args), "runs": [r for r, _ in rows]}
-    write(file, json.dumps(numbers, indent=1))
     draw(rows, args.out)
+    write(file, json.dumps(numbers, indent=1))
     print(f"written: {args.out}, and the numbers beside it")
     return 0
 

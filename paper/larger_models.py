@@ -48,7 +48,7 @@ def of_dense(runs):
     for name in SIZES:
         left = []
         for r in (r for r in runs if r["model"] == name):
-            dense = next(row["accuracy"] for row in r["rows"] if row["row"] == f"{name}, dense")
+            dense = next((row["accuracy"] for row in r["rows"] if row["row"] == f"{name}, dense"), None)
             gated = [row for row in r["rows"] if row["row"] == name]
             left.append(curve([(row["macs_saved"], row["accuracy"] / dense) for row in gated] if dense else []))
         if left:

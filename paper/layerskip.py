@@ -118,6 +118,7 @@ def self_speculate(model, exit, gamma, new_tokens, eos_ids, prompt, temperature=
     MACs are those of one pass over the positions of a round, and of the draft's own use of the head. InputError as
     check_exit."""
     check_exit(model.config, exit)
+    gamma = min(gamma, new_tokens)                               # no round drafts more
     lower, upper, states, passes = model.model["layers"][:exit], model.model["layers"][exit:], [], []
 
     def draft(cache, token, n):

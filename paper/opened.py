@@ -1,7 +1,9 @@
 """What these scripts begin with: the file to write, a model, what it reads of a data file (as the table at the end of
 train.py does), and the work that a dense model has with it.
 """
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -31,6 +33,16 @@ def check_own(flag, path, *keys):
         ours = False
     if not ours:
         raise InputError(f"{flag} {path} is no file of this program: give another {flag}")
+
+
+@contextmanager
+def whole_or_none(folder):
+    """Writing a new folder: what a failure leaves of it, which would be in the way of another try, is taken away."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def open_model(source, device="cpu", dtype=torch.float32):

@@ -21,7 +21,7 @@ from disk import check_writable
 from four_bits import bits_on_paper, size_of_blocks
 from linear import Linear
 from load_weights import load_model, load_tokenizer
-from opened import open_with_items
+from opened import open_with_items, whole_or_none
 from quantized import KINDS, QuantLinear, matrices, memory_of, quantize, save_quantized
 from recalibrate import recalibrate
 
@@ -65,7 +65,8 @@ def main(argv=None):
     print(f"{weights:,} weights of attention and MLP, bits of each: {on_paper:.3f} on paper, {measured:.3f} measured\n"
           f"memory of all tensors, embeddings and gates too: {before / 1e6:.1f} MB -> {memory_of(model) / 1e6:.1f} MB")
     recalibrate(model, items)
-    save_quantized(model, args.out, tokenizer)
+    with whole_or_none(args.out):
+        save_quantized(model, args.out, tokenizer)
     print(f"written: {args.out}, {(Path(args.out) / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")
     return 0
 

@@ -31,7 +31,7 @@ from torch import nn
 from data import collate, encode_all, load_examples
 from disk import check_writable
 from load_weights import save_model
-from opened import open_with_items
+from opened import open_with_items, whole_or_none
 from quantized import is_quantized
 from recalibrate import recalibrate
 from savings import count_macs
@@ -131,7 +131,8 @@ def main(argv=None):
         for budget, skipped in config.gateskip["realised"].items():
             print(f"budget {budget}: skips {skipped:.1%} of what is left, and so "
                   f"{of_original(skipped, args.blocks, layers):.1%} of what was there does not run")
-    save_model(model, args.out, tokenizer)
+    with whole_or_none(args.out):
+        save_model(model, args.out, tokenizer)
     print(f"written: {args.out}")
     return 0
 

@@ -4,7 +4,6 @@ An entry is a dict with "model" and "seed", by which it is known, and "rows", wh
 """
 import contextlib
 import json
-import math
 import multiprocessing
 import subprocess
 import sys
@@ -57,9 +56,12 @@ def entries(file):
 
 
 def _measured(row):
-    """Whether a row has its name, and numbers where tables read them."""
-    return isinstance(row, dict) and isinstance(row.get("row"), str) and all(
-        type(row.get(key)) in (int, float) and math.isfinite(row[key]) for key in ("accuracy", "skipped", "macs_saved"))
+    """Whether a row has its name, and numbers where tables read them: shares, and savings, which gates may turn below
+    0."""
+    within = lambda x, least: type(x) in (int, float) and least <= x <= 1
+    return isinstance(row, dict) and isinstance(row.get("row"), str) and isinstance(row.get("answer"), dict) and (
+        within(row.get("accuracy"), 0) and within(row.get("skipped"), 0) and within(row.get("macs_saved"), -1000)
+        and within(row["answer"].get("macs_saved"), -1000))
 
 
 def keep(file, entry):

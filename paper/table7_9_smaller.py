@@ -111,8 +111,11 @@ def main(argv=None):
     print("exact answers, %, mean ± sample deviation over seeds; savings are of the whole dense model's MACs; -: not "
           "reached\n")
     print("\n".join(table5_ablations.table(runs, "macs_saved", ROWS)))
-    sizes = (f"{row} {size / 1e6:.2f}" for row, size in runs[0].get("bytes", {}).items())
-    print(f"\nmemory of all tensors, MB: {', '.join(sizes)}")
+    sizes = runs[0].get("bytes")
+    if not isinstance(sizes, dict) or not all(type(size) is int and 0 < size < 2 ** 60 for size in sizes.values()):
+        raise InputError(f"{study.RESULTS / FILE}: \"bytes\" of its first entry is not as this program writes it: mend "
+                         "it")
+    print(f"\nmemory of all tensors, MB: {', '.join(f'{row} {size / 1e6:.2f}' for row, size in sizes.items())}")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,30 @@ def test_bad_input_is_refused(monkeypatch):
             bench.main(argv)
 
 
+def test_a_file_of_another_is_kept(tmp_path, monkeypatch):
+    """Rows written over somebody's text, or over by the picture; a good picture cut short by a full disk; "written"
+    where nothing was."""
+    monkeypatch.setattr(bench, "pick_device", None)              # no work begins
+    png, other = tmp_path / "b.png", tmp_path / "a.json"
+    for text in ("mine", "{}", "[1]"):
+        other.write_text(text)
+        with pytest.raises(InputError, match="is no file of this program"):
+            bench.main(["--json", str(other), "--png", str(png)])
+        assert other.read_text() == text
+    for argv, why in ((["--json", str(png), "--png", str(png)], "is --png, too"),
+                      (["--quick", "--work", "train"], "leave --work out")):
+        with pytest.raises(InputError, match=why):
+            bench.main(argv)
+    png.write_bytes(b"old")
+    monkeypatch.setattr(bench, "write", lambda path, content: 1 / 0)
+    row = dict(work="prefill", batch=1, skipped=0.0, gate="scalar", ratio=1.0, ideal=1.0, peer=None)
+    with pytest.raises(ZeroDivisionError):
+        bench.plot([{**row, "compute": compute} for compute in ("compact", "masked")], png)
+    assert png.read_bytes() == b"old"
+    monkeypatch.setattr(bench, "pyplot", lambda: None)
+    assert not bench.plot([], png)
+
+
 def test_what_cannot_be_written_is_said_first(tmp_path, monkeypatch):
     """Thirteen minutes of timing, and then --json turns out to be a folder, or to lie where nobody may write."""
     monkeypatch.setattr(bench, "pick_device", None)              # no work begins

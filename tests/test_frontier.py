@@ -76,3 +76,4 @@ def test_curves_keep_seeds_apart(small, capsys):
 def test_nothing_to_draw_is_said(small):
     """An empty picture."""
     assert "leave out --from-results" in complaint(lambda: frontier.main(["--from-results"]))
+    assert "--out is empty" in complaint(lambda: frontier.main(["--from-results", "--out", ""]))

@@ -119,6 +119,12 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.setattr("gate_value.write", lambda path, content: written.update({str(path)[-5:]: content[:4]}))
     main(flags("run", "run"))                                    # its own numbers may be written over
     assert written == {".json": '{\n "', "a.png": (tmp_path / "a.png").read_bytes()[:4]}
+    monkeypatch.undo()
+    alone = lambda *more, to: [*flags("run", to=to), "--sparsity-loss", "l2", *more]
+    main(alone("--without", "0", "2", to="mlp.png"))             # a panel without attention
+    for said, more in (("no number comes of it", "--sparsity-weight 1e300"), ("or one branch", "--without 0 1 2")):
+        assert said in complaint(main, alone(*more.split(), to="no.png"))
+    assert not list(tmp_path.glob("no.*"))
     monkeypatch.setattr("gate_value.measure", None)
     (tmp_path / "b.json").mkdir()
     for said, words in {"has no gates": flags("dense", "dense"), "config.json": flags("", ""),

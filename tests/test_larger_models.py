@@ -31,10 +31,11 @@ def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):
     """Another seed's dense model, or accuracies in place of shares."""
     assert "leave out --from-results" in complaint(larger.main, ["--from-results"])
     for seed, dense, ends in ((1, 0.8, 0.4), (2, 0.5, 0.5)):
-        rows = [{"row": "4 layers", "macs_saved": x, "skipped": x, "accuracy": y}
-                for x, y in ((0.0, dense), (0.4, ends))]
-        dense_row = {"row": "4 layers, dense", "macs_saved": 0.0, "skipped": 0.0, "accuracy": dense}
-        study.keep(larger.FILE, {"model": "4 layers", "seed": seed, "rows": [*rows, dense_row]})
+        row = lambda name, x, y: {"row": name, "macs_saved": x, "skipped": x, "accuracy": y,
+                                  "answer": {"macs_saved": x}}
+        rows = [row("4 layers", 0.0, dense), row("4 layers", 0.4, ends), row("4 layers, dense", 0.0, dense)]
+        study.keep(larger.FILE, {"model": "4 layers", "seed": seed, "rows": rows})
+    study.keep(larger.FILE, {"model": "6 layers", "seed": 1, "rows": []})        # nothing dense to compare with
     larger.main(["--from-results"])
     accuracy, left = capsys.readouterr().out.split("\n\n")[1:]
     assert "| 4 layers, dense | 2 | 65.0±21.2 | - |" in accuracy

@@ -2,6 +2,7 @@
 import copy
 import re
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from thresholds import make_policy
 from toy_runs import ROOT, words
 
 sys.path.insert(0, str(ROOT / "paper"))
+import quantize
 import shortgpt
 
 GEMMA = dict(architectures=["Gemma2ForCausalLM"], model_type="gemma2", hidden_act=None, query_pre_attn_scalar=8,
@@ -222,3 +224,17 @@ def test_what_cannot_be_removed_is_refused(models, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     monkeypatch.setattr(shortgpt, "load_examples", None)
     assert "link exists: give" in complaint(command, model=models["dense"], out=tmp_path / "link")
+
+
+def test_a_full_disk_leaves_nothing_in_the_way(models, tmp_path, monkeypatch):
+    """Half a folder, because of which the same command is then refused."""
+    def full(model, folder, *rest):
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device", str(folder))
+    for module, name in ((shortgpt, "save_model"), (quantize, "save_quantized")):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, full)
+            flags = "--kind nf4" if module is quantize else "--data arithmetic --limit 2 --blocks 1"
+            with pytest.raises(OSError):
+                module.main([*flags.split(), "--model", str(models["dense"]), "--out", str(tmp_path / "new")])
+        assert not list(tmp_path.iterdir())

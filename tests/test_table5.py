@@ -154,7 +154,8 @@ def test_results_are_kept_and_never_run_again(small, monkeypatch):
 @pytest.mark.parametrize("wrong", [
     1, {"model": "ours"}, {"model": 1, "seed": 1, "rows": []}, {"model": "ours", "seed": "1", "rows": []},
     {"model": "ours", "seed": 1}, {"model": "ours", "seed": 1, "rows": {}}, {"model": "ours", "seed": 1, "rows": [1]},
-    entry("ours", 1, [(0.0, "1")]), entry("ours", 1, [(0.0, float("nan"))]), entry("ours", 1, [(0.0, True)])])
+    *(entry("ours", 1, [(0.0, accuracy)]) for accuracy in ("1", float("nan"), True, -5, 10 ** 400)),
+    {"model": "ours", "seed": 1, "rows": [{"row": "ours", "accuracy": 1, "skipped": 0, "macs_saved": 0}]}])
 def test_an_entry_that_is_none_of_ours(small, wrong):
     """A traceback of the first table that meets it, hours after a file was merged by hand."""
     held = json.dumps({"runs": [entry("paper", 1, [(0.0, 1.0)]), wrong]})
