@@ -5,6 +5,7 @@ rounding can flip a keep mask. (Fresh gates give scores of std 7e-5, where it wo
 masks are fed to the other.
 """
 import copy
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig
 from rows import KVCache
 from thresholds import frozen_threshold
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:            # `make test &`: some tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 VOCAB = 60

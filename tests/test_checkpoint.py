@@ -670,24 +670,23 @@ def test_a_killed_overwrite_leaves_the_old_run_to_resume(start, folder, unbroken
 def test_of_two_processes_one_runs(start, tmp_path):
     """One seed's weights under the other's thresholds, both with exit code 0. The other names the one that runs. And
     SIGTERM, as it comes from outside."""
-    for attempt in range(2):
-        out = tmp_path / str(attempt)
-        both = [start(out, seed=seed) for seed in (1, 2)]
-        while all(process.poll() is None for process in both):
-            sleep(0.01)
-        refused, runs = sorted(both, key=lambda process: process.poll() is None)
-        lines = refused.communicate()[1].splitlines()
-        assert refused.returncode == 1 and lines[-1].startswith(
-            f"error: --out {out} is being written by process {runs.pid} on ")
-        while not (out / "latest").exists():
-            sleep(0.01)
-            assert runs.poll() is None
-        runs.terminate()
-        said = runs.communicate()[0]
-        assert runs.returncode == 143 and "stopped after step" in said
-        stored = torch.load(last(out) / "train_state.pt", weights_only=True)
-        assert stored["settings"]["seed"] == both.index(runs) + 1 and len(metrics(out)) == stored["step"]
-        assert names(out) == [".lock", "latest", "metrics.jsonl", f"step-{stored['step']:06d}"]
+    out = tmp_path / "run"
+    both = [start(out, seed=seed) for seed in (1, 2)]
+    while all(process.poll() is None for process in both):
+        sleep(0.01)
+    refused, runs = sorted(both, key=lambda process: process.poll() is None)
+    lines = refused.communicate()[1].splitlines()
+    assert refused.returncode == 1 and lines[-1].startswith(
+        f"error: --out {out} is being written by process {runs.pid} on ")
+    while not (out / "latest").exists():
+        sleep(0.01)
+        assert runs.poll() is None
+    runs.terminate()
+    said = runs.communicate()[0]
+    assert runs.returncode == 143 and "stopped after step" in said
+    stored = torch.load(last(out) / "train_state.pt", weights_only=True)
+    assert stored["settings"]["seed"] == both.index(runs) + 1 and len(metrics(out)) == stored["step"]
+    assert names(out) == [".lock", "latest", "metrics.jsonl", f"step-{stored['step']:06d}"]
 
 
 def test_the_lock_holds_to_the_end(folder, tmp_path, monkeypatch):
