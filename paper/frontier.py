@@ -41,6 +41,7 @@ SMALLER = {                                                      # curve -> {mod
     "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
 }
 GATED = {"one threshold, MAC costs (ours)": "ours", "ours, K and V computed": "ours, K and V dense",
+         "ours, K and V computed, λ falling": "ours, falling lambda, K and V dense",
          "ours, a quantile per branch": "ours, per branch", "the paper's recipe": "paper",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
 
