@@ -270,8 +270,9 @@ NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",          
 
 def parse_args(argv):
     argv = sys.argv[1:] if argv is None else argv
-    p = Parser("Fine-tune a model with residual gates (Algorithm 1). Defaults: Table 15 of the paper, --lr of its "
-               "authors' code; presets: " + "; ".join(f"{name} {changed}" for name, changed in PRESETS.items()))
+    p = Parser("Fine-tune a model with residual gates (Algorithm 1). Defaults: Table 15 of the paper; --lr and "
+               "--sparsity-loss: its authors' code; presets: "
+               + "; ".join(f"{name} {changed}" for name, changed in PRESETS.items()))
     add = p.add_argument
     add("--preset", choices=PRESETS, help="defaults for a model; tiny if neither --model nor --init-config is given")
     # input and output

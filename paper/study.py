@@ -52,6 +52,8 @@ def entries(file):
         if not (isinstance(r, dict) and isinstance(r.get("model"), str) and type(r.get("seed")) is int
                 and isinstance(r.get("rows"), list) and all(map(_measured, r["rows"]))):
             raise InputError(f"{file}: entry {i + 1} is not as this program writes it: mend it, or take it out")
+        if (r["model"], r["seed"]) in [(known["model"], known["seed"]) for known in runs[:i]]:
+            raise InputError(f"{file}: entry {i + 1} is seed {r['seed']} of {r['model']!r:.60} once more: take one out")
     return runs
 
 

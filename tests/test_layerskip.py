@@ -308,6 +308,13 @@ def test_greedy_text_is_the_dense_model_s(family, exit):
     assert 0 < accepted < drafted
 
 
+def test_no_more_is_drafted_than_is_wanted():
+    """Memory for a draft of any length, where the limit leaves room for a few tokens."""
+    model, prompt = model_of(), tokens(1, 5)[0].tolist()
+    (much, macs), (six, wanted) = (self_speculate(model, 2, gamma, 6, (), prompt) for gamma in (10 ** 11, 6))
+    assert (much.tokens, much.drafted, macs) == (six.tokens, six.drafted, wanted)
+
+
 def test_a_round_gives_all_or_one(monkeypatch):
     """(6) A round whose drafts all stand and that gives fewer than gamma + 1 tokens, or whose first falls and that
     gives more or less than the verifier's one; a token that is believed unverified."""

@@ -165,6 +165,12 @@ def test_an_entry_that_is_none_of_ours(small, wrong):
     assert (study.RESULTS / "table5.json").read_text() == held
 
 
+def test_a_seed_counts_once(small):
+    """Two seeds and half the deviation, of one training that a merge by hand left twice."""
+    (study.RESULTS / "table5.json").write_text(json.dumps({"runs": [entry("paper", 1, [(0.0, 1.0)])] * 2}))
+    assert "entry 2 is seed 1 of 'paper' once more" in complaint(table5.main, ["--from-results"])
+
+
 JOBS = """
 import time
 from pathlib import Path
