@@ -234,6 +234,8 @@ def check_output(flag, path):
         check_writable(Path(path).parent)
         if Path(path).exists() and not (Path(path).is_file() and os.access(path, os.W_OK)):
             raise OSError(0, "no file, or one that may not be written")
+        if Path(f"{path}.tmp").is_dir():                         # under that name it is written first
+            raise OSError(0, f"{Path(path).name}.tmp is in the way")
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be written ({error.strerror}): give another file") from None
 
@@ -280,17 +282,19 @@ def main(argv=None):
     for work, tokens, skipped, forms in plan:
         if args.quick or work in args.work:
             rows += bench(models, args.gate, work, tokens, skipped, forms, args.repeats)
-    if args.peer:
-        works = []
-        for work, tokens in (("prefill", ids(8, 512)), ("decode", ids(1, CONTEXT)), ("decode", ids(8, CONTEXT))):
-            once = MAKERS[work](models["none"], tokens, 0.0, "compact")
-            works.append((work, tokens.shape, lambda once=once: measure({0: once}, 1, device, work)[0][0]))
-        rows += bench_peer(args.model, works, STEPS, args.repeats, device, dtype)
-    if args.json:
-        write(Path(args.json).resolve(), json.dumps(rows, indent=1))
-    written = [path for path in (args.json, plot(rows, args.png) and args.png) if path]
-    if written:
-        print(f"\nwritten: {', '.join(written)}")
+    try:
+        if args.peer:
+            works = []
+            for work, tokens in (("prefill", ids(8, 512)), ("decode", ids(1, CONTEXT)), ("decode", ids(8, CONTEXT))):
+                once = MAKERS[work](models["none"], tokens, 0.0, "compact")
+                works.append((work, tokens.shape, lambda once=once: measure({0: once}, 1, device, work)[0][0]))
+            rows += bench_peer(args.model, works, STEPS, args.repeats, device, dtype)
+    finally:                                                     # ours stand where the peer fails
+        if args.json:
+            write(Path(args.json).resolve(), json.dumps(rows, indent=1))
+        written = [path for path in (args.json, plot(rows, args.png) and args.png) if path]
+        if written:
+            print(f"\nwritten: {', '.join(written)}")
     return 0
 
 

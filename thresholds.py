@@ -156,7 +156,7 @@ def thresholds_at(table, budget):
     budget = check_budget(budget)
     if budget < known[0][0] - 1e-9:
         raise InputError(f"budget {budget} is below the smallest calibrated one, {known[0][0]}: "
-                         f"train with a lower --budget-end, or use --policy batch")
+                         "train with a lower --budget-end")
     for (b0, tau0), (b1, tau1) in zip(known, known[1:]):
         if budget <= b1 + 1e-9:
             w = min(max((budget - b0) / (b1 - b0), 0.0), 1.0)
@@ -177,8 +177,8 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
     if kind == "random":
         return SkipPolicy("random", budget, skip, kv, generator=torch.Generator(device).manual_seed(seed))
     if config.gate is None:
-        raise InputError(f"--budget {budget}: this model has no gates to decide what to skip; "
-                         "train some with train.py, or use --policy random")
+        raise InputError(f"budget {budget}: this model has no gates to decide what to skip: train some with train.py; "
+                         "the random policy needs none")
     if kind == "auto":
         kind = "frozen" if "thresholds" in stored else "batch"
         if kind == "batch":
@@ -186,8 +186,8 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
                   "step of a single stream", file=sys.stderr)
     if kind == "frozen":
         if "thresholds" not in stored:
-            raise InputError("--policy frozen: this model is not calibrated (train.py does it at its end); "
-                             "use --policy batch")
+            raise InputError("this model is not calibrated (train.py does it at its end), as the frozen policy needs; "
+                             "the batch policy does not")
         if (skip, kv) != (stored["skip"], stored["kv"]):
             raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not "
                              f"--skip {skip} --kv {kv}: other settings need a calibration of their own")

@@ -79,7 +79,7 @@ def main(argv=None):
     try:
         policies = {b: make_policy(model.config, "frozen", b) for b in dict.fromkeys(args.budgets)}
     except InputError as error:
-        raise InputError(str(error).split(", or use --policy")[0].replace("budget ", "--budgets ", 1)) from None
+        raise InputError(str(error).replace("budget ", "--budgets ", 1)) from None
     if not (find_folder(args.exported) / CODE.name).is_file():
         raise InputError(f"--exported {args.exported} is no export: export.py --model {args.model} --out FOLDER "
                          "makes one")

@@ -132,8 +132,8 @@ def main(argv=None):
     budget = args.budget or min([b for b in known if b < 1.0] or known, key=lambda b: abs(b - 0.85))
     try:
         thresholds_at(stored["thresholds"], budget)
-    except InputError as error:                                  # the advice is of commands that have a --policy
-        raise InputError(f"--{str(error).split(', or use --policy')[0]}") from None
+    except InputError as error:
+        raise InputError(f"--{error}") from None
     config_for_transformers(model, budget)
     model.side_files["tokenizer_config.json"] = tokenizer_config(model, tokenizer)
     card = CARD.format(family="Gemma2" if model.config.gemma else "Llama", budget=budget,

@@ -148,7 +148,7 @@ def fill(args, names):
         policies = {b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
                     for b in budgets}
     except InputError as error:
-        raise InputError(str(error).replace("--budget ", "--budgets ").replace("--policy", "--selector")) from None
+        raise InputError(str(error).replace("budget ", "--budgets ", 1).replace("policy", "selector")) from None
     docs, asked, origins = {}, {}, {}
     for name in names:                                           # all that may be wrong is said before the first row
         task = TASKS[name]

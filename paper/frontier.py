@@ -33,8 +33,8 @@ from savings import count_macs
 from sweep import interpolate
 
 FILE, TARGETS = "frontier.json", (0, 10, 20, 30, 40, 50)         # %
-SCRATCH = ("--gate none --steps 2200 --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 "      # the embedded model's
-           "--eval-limit 4").split()                                                             # own training
+STEPS = 2200                                                     # of the embedded model's own training; the rest of it:
+SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --eval-limit 4".split()
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
     "blocks removed, tuned again": {f"{n} blocks removed": n for n in (1, 2, 3, 4)},
     "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
@@ -64,21 +64,29 @@ def macs_of_answers(config, items):
     return prompts, answers
 
 
-def start_of(name, size, seed, folder):
-    """Make the smaller model that is to be tuned, in `folder`. Without blocks: of the tuned one, which is there."""
-    if isinstance(size, int):
-        tuned = study.folder_of(table5_ablations.TUNED, seed)
-        shortgpt.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(size),
-                       "--out", str(folder)])
-        return
-    shape = folder.with_name(f"{folder.name}-shape")
-    shape.mkdir(exist_ok=True)
-    (shape / "config.json").write_text(json.dumps(read_json(testbed.START / "config.json") | size))
-    shutil.copy(testbed.START / "tokenizer.json", shape)
-    if train.main(["--init-config", str(shape / "config.json"), "--data", "arithmetic", *SCRATCH, "--seed", str(seed),
-                   "--out", str(folder), "--overwrite"]):
-        raise KeyboardInterrupt                                  # a signal came, and was obeyed
-    shutil.rmtree(shape)
+def without_blocks(blocks, seed):
+    """The folder of the tuned model, which is there, without so many blocks."""
+    folder = study.folder_of(f"{blocks} blocks removed, start", seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    shortgpt.main(["--model", str(study.folder_of(table5_ablations.TUNED, seed)), "--data", "arithmetic",
+                   "--limit", "200", "--blocks", str(blocks), "--out", str(folder)])
+    return folder
+
+
+def from_scratch(name, size, seed):
+    """The folder of a model of another size, trained as the embedded one was where it is not there yet. It stays:
+    larger_models.py begins with it, too."""
+    folder = study.folder_of(f"{name}, from scratch", seed)
+    if not testbed.finished(folder, STEPS):
+        shape = folder.with_name(f"{folder.name}-shape")
+        shape.mkdir(exist_ok=True)
+        (shape / "config.json").write_text(json.dumps(read_json(testbed.START / "config.json") | size))
+        shutil.copy(testbed.START / "tokenizer.json", shape)
+        if train.main(["--init-config", str(shape / "config.json"), "--data", "arithmetic", *SCRATCH,
+                       "--steps", str(STEPS), "--seed", str(seed), "--out", str(folder), "--overwrite"]):
+            raise KeyboardInterrupt                              # a signal came, and was obeyed
+        shutil.rmtree(shape)
+    return folder
 
 
 def one(name, seed, threads):
@@ -87,17 +95,16 @@ def one(name, seed, threads):
         return table5_ablations.one(name, seed, threads)
     size = next(sizes[name] for sizes in SMALLER.values() if name in sizes)
     folder = study.folder_of(name, seed)
-    start = folder.with_name(f"{folder.name}-start")
-    shutil.rmtree(start, ignore_errors=True)
     with study.logged(folder, threads):
-        start_of(name, size, seed, start)
+        start = without_blocks(size, seed) if isinstance(size, int) else from_scratch(name, size, seed)
         testbed.trained([["--gate", "none", "--model", str(start)]], seed, folder)
         row = testbed.sweep(folder, ["none"], seed)[0]
         items, _ = encode_all(load_examples("arithmetic", "test", testbed.PROBLEMS), load_tokenizer(folder), 1, 160)
         work, dense = (torch.tensor(macs_of_answers(load_model(where).config, items))
                        for where in (folder, testbed.START))
     shutil.rmtree(folder)
-    shutil.rmtree(start)
+    if isinstance(size, int):
+        shutil.rmtree(start)
     saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]
     return study.entry_of(name, seed, rows=[{**row, "row": name, "macs_saved": saved[0].item(),
                                              "answer": {"macs_saved": saved[1].item()}}])

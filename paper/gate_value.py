@@ -104,6 +104,32 @@ def draw(rows, path):
     write(path, drawn.getvalue())
 
 
+RECORDED = ("sparsity_weight", "sparsity_loss", "sparsity_cost")
+
+
+def case(args, i, where):
+    """(title, seed, what `measure` is given) of the i-th run. where: device and dtype. InputError for a model without
+    gates, or without a known price of its branches."""
+    name = args.model[i]
+    model, _, items, _ = open_with_items(name, load_examples(args.data, "test", args.limit), 0, None, *where)
+    if model.config.gate is None:
+        raise InputError(f"--model {name} has no gates: give a model that was trained with them")
+    known = settings_of(model)
+    if known.get("sparsity_weight_end") is not None:             # what lambda has fallen to
+        known["sparsity_weight"] = known["sparsity_weight_end"]
+    weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in RECORDED))
+    fits = {"weight": type(weight) in (int, float) and 0 < weight < float("inf"), "loss": loss in ("l2", "l1"),
+            "cost": cost in (None, "equal", "macs")}             # older versions knew equal costs only
+    if lack := ", ".join(f"--sparsity-{flag}" for flag, good in fits.items() if not good):
+        raise InputError(f"{name}: {lack}: not recorded, or no price can be made of it: give it")
+    costs = branch_costs(model.config) if cost == "macs" else [1.0] * 2 * model.config.num_hidden_layers
+    if beyond := [b for b in args.without if b >= len(costs)]:
+        raise InputError(f"--without {beyond[0]}: {name} has branches 0 to {len(costs) - 1}")
+    policy = make_policy(model.config, "frozen", args.budget)
+    title = f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}"
+    return title, known.get("seed"), (model, items, policy, weight, loss, costs)
+
+
 def main(argv=None):
     p = Parser("What a gate's value says of its branch: -dCE/dg against 2 lambda c g.")
     add, several = p.add_argument, dict(nargs="+", help="of all runs, or of each; default: as recorded")
@@ -117,33 +143,21 @@ def main(argv=None):
     add("--sparsity-loss", choices=("l2", "l1"), **several)
     add("--sparsity-cost", choices=("equal", "macs"), **several)
     add_machine_flags(p)
-    args, rows, asked = p.parse_args(argv), [], ("sparsity_weight", "sparsity_loss", "sparsity_cost")
+    args, rows = p.parse_args(argv), []
     check_own("--out", file := args.out and Path(args.out).with_suffix(".json"), "command", "runs")
-    for key in asked:
+    for key in RECORDED:
         if (n := len(vars(args)[key] or [0])) not in (1, len(args.model)):
             raise InputError(f"--{key.replace('_', '-')}: {n} values, {len(args.model)} runs: give one, or one per run")
     where = pick_device(args.device, args.dtype)
+    for i in range(1, len(args.model)):                          # what is wrong with a later one is said before the
+        case(args, i, where)                                     # first's work
     for i, name in enumerate(args.model):
-        model, _, items, _ = open_with_items(name, load_examples(args.data, "test", args.limit), 0, None, *where)
-        if model.config.gate is None:
-            raise InputError(f"--model {name} has no gates: give a model that was trained with them")
-        known = settings_of(model)
-        if known.get("sparsity_weight_end") is not None:         # what lambda has fallen to
-            known["sparsity_weight"] = known["sparsity_weight_end"]
-        weight, loss, cost = (x[i % len(x)] for x in (vars(args)[key] or [known.get(key)] for key in asked))
-        fits = {"weight": type(weight) in (int, float) and 0 < weight < float("inf"), "loss": loss in ("l2", "l1"),
-                "cost": cost in (None, "equal", "macs")}         # older versions knew equal costs only
-        if lack := ", ".join(f"--sparsity-{flag}" for flag, good in fits.items() if not good):
-            raise InputError(f"{name}: {lack}: not recorded, or no price can be made of it: give it")
-        costs = branch_costs(model.config) if cost == "macs" else [1.0] * 2 * model.config.num_hidden_layers
-        if beyond := [b for b in args.without if b >= len(costs)]:
-            raise InputError(f"--without {beyond[0]}: {name} has branches 0 to {len(costs) - 1}")
-        m = measure(model, items, make_policy(model.config, "frozen", args.budget), weight, loss, costs)
+        title, seed, given = case(args, i, where)
+        m = measure(*given)
         m["kept"][args.without] = False
         if m["kept"].any(1).sum() < 2:
             raise InputError(f"{name}: nothing runs, or one branch: give a larger --budget, or leave out less")
-        r = {"title": f"{Path(name).name}: {loss}, λ {weight:g}, costs {cost or 'equal'}", "seed": known.get("seed"),
-             "digest": model_digest(model.source), "gate": m["gate"].mean().item(),
+        r = {"title": title, "seed": seed, "digest": model_digest(given[0].source), "gate": m["gate"].mean().item(),
              "run": m["kept"].double().mean().item(), **{how: compare(m, how) for how in HOW}}
         if not torch.tensor([x for how in HOW for key in LINE for x in r[how][key]]).isfinite().all():
             raise InputError(f"{name}: no number comes of it: give another --sparsity-weight")

@@ -3,7 +3,7 @@
     python paper/larger_models.py --jobs 2                       # all that paper/results/larger.json lacks yet
     python paper/larger_models.py --from-results                 # the tables again, without training
 
-The shallower ones are trained from scratch as the embedded one was (frontier.py); then each is tuned twice, dense and
+The shallower ones are trained from scratch as the embedded one was (frontier.py, whose they are); then each is tuned twice, dense and
 by our recipe. Savings are of each model's own dense work: the second table asks what gates cost a model of that size.
 """
 import shutil
@@ -30,14 +30,11 @@ def one(name, seed, threads):
     rows = []
     with study.logged(folder, threads):
         if SIZES[name]:
-            start = folder.with_name(f"{folder.name}-start")
-            frontier.start_of(name, SIZES[name], seed, start)
+            start = frontier.from_scratch(name, SIZES[name], seed)
         for row, flags, view in ((name, OURS, "frozen"), (f"{name}, dense", "--gate none", "none")):
             testbed.trained([[*flags.split(), "--model", str(start)]], seed, folder)
             rows += [{"row": row, **r} for r in testbed.sweep(folder, [view], seed)]
     shutil.rmtree(folder)
-    if SIZES[name]:
-        shutil.rmtree(start)
     return study.entry_of(name, seed, flags=OURS, testbed=[testbed.STEPS, testbed.PROBLEMS], rows=rows)
 
 

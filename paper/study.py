@@ -5,8 +5,10 @@ An entry is a dict with "model" and "seed", by which it is known, and "rows", wh
 import contextlib
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from disk import write
+from disk import check_writable, only_one, write
 from load_weights import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,17 +75,24 @@ def keep(file, entry):
         write(RESULTS / file, ('{"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n").encode())
 
 
+def _while_parent_lives(one, *args):
+    """one(*args) in a process that ends with its parent's: what a killed study began is nobody's, and in the next
+    one's way."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    return one(*args)
+
+
 def study(file, rounds, one, jobs):
     """Make what the results file lacks: one(model, seed, threads) -> entry, or None for what is no result.
 
     rounds: lists of (model, seed), each begun when the one before is done; jobs at a time share torch's threads, each
     in a process of its own. An error in one, or Ctrl-C: those that run end, and what they found is kept; none of those
-    that wait begins."""
+    that wait begins. InputError where another study works in WORK; OSError where results could not be kept."""
     known, threads = {(r["model"], r["seed"]) for r in entries(file)}, max(1, torch.get_num_threads() // jobs)
     rounds = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds]
-    WORK.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(exist_ok=True)
-    with tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
+    check_writable(RESULTS)
+    with only_one(WORK, "folder"), tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
         def kept(done):
             if entry := done.result():                           # or the error that ended it
                 keep(file, entry)
@@ -95,11 +104,14 @@ def study(file, rounds, one, jobs):
                 try:
                     while runs or running:
                         while runs and len(running) < jobs:      # no more: what a pool holds ready cannot be recalled
-                            running.add(pool.submit(one, *runs.pop(0), threads))
+                            running.add(pool.submit(_while_parent_lives, one, *runs.pop(0), threads))
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             running.remove(done)
                             kept(done)
                 finally:
+                    if running:                                  # an error, or a signal
+                        tqdm.write(f"waiting for what still runs ({len(running)}): its result is kept",
+                                   file=sys.stderr)
                     for done in wait(running).done:
                         if done.exception() is None:
                             kept(done)

@@ -57,9 +57,9 @@ def trained(stages, seed, out, tried=contextlib.nullcontext):
         shutil.rmtree(out.with_name(f"{out.name}-stage{i + 1}"))
 
 
-def finished(out):
-    """Whether trained() has come to its end there."""
-    return (out / "latest").exists() and (out / "latest").read_text().strip() == f"step-{STEPS:06d}"
+def finished(out, steps=None):
+    """Whether a training of so many steps (None: of trained()) has come to its end there."""
+    return (out / "latest").exists() and (out / "latest").read_text().strip() == f"step-{steps or STEPS:06d}"
 
 
 def random_skipping():

@@ -152,9 +152,11 @@ def test_what_cannot_be_written_is_said_first(tmp_path, monkeypatch):
     """Thirteen minutes of timing, and then --json turns out to be a folder, or to lie where nobody may write."""
     monkeypatch.setattr(bench, "pick_device", None)              # no work begins
     (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
+    for name in "folder.png", "c.json.tmp":
+        (tmp_path / name).mkdir()
     for flag, path, why in (("--json", tmp_path, "no file"), ("--json", tmp_path / "file" / "b.json", "File exists"),
                             ("--json", tmp_path / "file" / "a" / "b.json", "Not a directory"),
+                            ("--json", tmp_path / "c.json", "c.json.tmp is in the way"),
                             ("--png", tmp_path / "folder.png", "no file"), ("--json", "/dev/null", "no file")):
         with pytest.raises(InputError, match=f"{flag} {path} cannot be written .{why}.*: give another file"):
             bench.main(["--png", str(tmp_path / "b.png"), flag, str(path)])
@@ -199,3 +201,16 @@ def test_the_peer_is_asked_for_the_same_work(tmp_path, monkeypatch):
     works = [("prefill", (8, 512)), ("decode", (1, 6)), ("decode", (8, 6))]
     assert asked == [(str(folder), 3, 2, works, "cpu", torch.float32)]
     assert json.loads((tmp_path / "b.json").read_text()) == [{"work": "load", "peer": "from_pretrained"}]
+
+
+def test_a_failing_peer_costs_no_row_of_ours(tmp_path, monkeypatch):
+    """Minutes of our own timing, gone with a model that transformers cannot open."""
+    def peer(*_):
+        raise InputError("the peer process stopped")
+    own = [{"work": "prefill", "seconds": 1.0}]
+    for name, value in dict(find_spec=bool, bench_peer=peer, bench=lambda *_: own, plot=lambda rows, path: True).items():
+        monkeypatch.setattr(bench, name, value)
+    with pytest.raises(InputError, match="the peer process stopped"):
+        bench.main(["--peer", "transformers", "--model", str(ROOT / "tests/golden/llama_rope3"), "--work", "prefill",
+                    "--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")])
+    assert json.loads((tmp_path / "b.json").read_text()) == own

@@ -37,8 +37,9 @@ def test_the_work_of_answers_is_that_of_generating_them():
                                           ("4 layers", {"num_hidden_layers": 4}), ("width 72", {"hidden_size": 72})])
 def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, change):
     """A model that is as large as before, savings of the wrong sign, folders that stay."""
-    monkeypatch.setattr(frontier, "SCRATCH", [*frontier.SCRATCH[:2], *words(steps=2, batch_size=2, seq_len=160,
-                                                                            lr=1e-3, warmup=1, eval_limit=3)])
+    monkeypatch.setattr(frontier, "STEPS", 3)
+    monkeypatch.setattr(frontier, "SCRATCH", [*frontier.SCRATCH[:2], *words(
+        batch_size=2, seq_len=160, lr=1e-3, warmup=1, eval_limit=3)])
     made = []
     sweep = frontier.testbed.sweep
     monkeypatch.setattr(frontier.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
@@ -50,7 +51,10 @@ def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, ch
     smaller = made[0].hidden_size * made[0].num_hidden_layers < dense.hidden_size * dense.num_hidden_layers
     assert (found["macs_saved"] > 0) == smaller and (found["answer"]["macs_saved"] > 0) == smaller
     assert (found["row"], found["n"]) == (name, 3)
-    assert {path.name for path in study.WORK.iterdir() if path.is_dir()} <= {"tuned-s1"}
+    stays = {path.name for path in study.WORK.iterdir() if path.is_dir()} - {"tuned-s1"}
+    assert stays == (set() if name == "1 blocks removed" else {f"{name.replace(' ', '-')}-from-scratch-s1"})
+    monkeypatch.setattr(frontier.train, "main", None)            # a second time it is there
+    assert all(frontier.from_scratch(name, change, 1).name in stays for _ in stays)
 
 
 def test_curves_keep_seeds_apart(small, capsys):

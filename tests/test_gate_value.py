@@ -127,7 +127,8 @@ def test_command(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("no.*"))
     monkeypatch.setattr("gate_value.measure", None)
     (tmp_path / "b.json").mkdir()
-    for said, words in {"has no gates": flags("dense", "dense"), "config.json": flags("", ""),
+    for said, words in {"has no gates": flags("dense", "dense"), "dense has no gates": flags("run", "dense"),
+                        "config.json": flags("", ""),
                         "not recorded": flags("run")[7:], "one per run": flags("run", "run", "run"),
                         "--sparsity-loss: 2 values, 1 runs": flags("run"), "is empty": [*flags("run"), "--out", ""],
                         "--without 4: ": [*flags("run"), *"--sparsity-loss l2 --without 0 4".split()],

@@ -16,15 +16,17 @@ from test_table5 import small
 @pytest.mark.parametrize("name, layers", [("4 layers", 4), ("8 layers", 2)])     # 8: the toy in its place
 def test_a_size_is_made_tuned_and_measured(small, monkeypatch, name, layers):
     """A model of another size, gates where there should be none, folders that stay."""
+    monkeypatch.setattr(larger.frontier, "STEPS", 3)
     monkeypatch.setattr(larger.frontier, "SCRATCH", [*larger.frontier.SCRATCH[:2], *words(
-        steps=2, batch_size=2, seq_len=160, lr=1e-3, warmup=1, eval_limit=3)])
+        batch_size=2, seq_len=160, lr=1e-3, warmup=1, eval_limit=3)])
     made, sweep = [], larger.testbed.sweep
     monkeypatch.setattr(larger.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
                         or sweep(folder, *args))
     entry = larger.one(name, 1, 1)
     assert [(c.num_hidden_layers, bool(c.gateskip)) for c in made] == [(layers, True), (layers, False)]
     assert [r["row"] for r in entry["rows"]] == [name, name, f"{name}, dense"]
-    assert not any(path.is_dir() for path in study.WORK.iterdir())
+    stays = [path.name for path in study.WORK.iterdir() if path.is_dir()]
+    assert stays == ["4-layers-from-scratch-s1"][:layers == 4]
 
 
 def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):

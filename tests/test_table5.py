@@ -1,14 +1,19 @@
 """Tests of paper/testbed.py and paper/table5_ablations.py: what is tried, the views, what is kept, the tables."""
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from conftest import complaint
+from disk import only_one
 from gates import SkipPolicy
 from toy_runs import ROOT, folder, words
 
@@ -196,6 +201,66 @@ def test_a_failure_costs_no_result_and_begins_nothing(small, monkeypatch):
         study.study("table5.json", [[("fails", 1), ("lasts", 1), ("waits", 1), ("waits", 2)], [("later", 1)]], one, 2)
     assert [r["model"] for r in study.entries("table5.json")] == ["lasts"]
     assert (small / "lasts").exists() and not (small / "waits").exists() and not (small / "later").exists()
+
+
+def test_one_study_at_a_time(small):
+    """Two that train into one folder, and remove it under each other."""
+    with only_one(study.WORK):
+        assert "wait for it, or choose another folder" in complaint(
+            lambda: study.study("table5.json", [[("paper", 1)]], None, 1))
+
+
+def test_what_cannot_be_kept_is_not_begun(small, monkeypatch):
+    """Minutes of training whose result nobody can write."""
+    monkeypatch.setattr(study, "RESULTS", small / "a file")
+    study.RESULTS.touch()
+    with pytest.raises(OSError):
+        study.study("table5.json", [[("paper", 1)]], None, 1)
+
+
+ENDLESS = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import study
+
+def one(name, seed, threads):
+    Path("pid.tmp").write_text(str(os.getpid()))
+    Path("pid.tmp").rename("pid")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    study.RESULTS = Path("results")
+    study.study("table5.json", [[("endless", 1)]], one, 1)
+"""
+
+
+def test_a_worker_ends_with_its_study(tmp_path):
+    """A killed study's training that goes on, in the way of the next, for a result that nobody waits for."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    with subprocess.Popen([sys.executable, "endless.py", str(ROOT / "paper")], cwd=tmp_path, stderr=subprocess.DEVNULL,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}) as parent:
+        try:
+            within(120, (tmp_path / "pid").exists)
+        finally:
+            parent.kill()
+    within(30, lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def within(seconds, true):
+    """Wait until it is."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Whether a process runs; one that ended and that nobody has asked after yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 class Here:

@@ -335,7 +335,7 @@ def test_policy_that_cannot_be(configs, capsys):
              "calibrated with --skip all --kv copy_up, not --skip all --kv dense"),
             ("calibrated", "frozen", 0.85, dict(skip="attn"), "not --skip attn --kv copy_up"),
             ("calibrated", "auto", 0.5, {}, "budget 0.5 is below the smallest calibrated one, 0.7"),
-            ("trained", "frozen", 0.85, {}, "--policy frozen: this model is not calibrated"),
+            ("trained", "frozen", 0.85, {}, "this model is not calibrated"),
             ("plain", "auto", 0.85, {}, "has no gates"), ("plain", "topk", 0.85, {}, "has no gates"),
             ("calibrated", "auto", float("nan"), {}, "budget nan"), ("calibrated", "none", 0.0, {}, "budget 0.0")):
         with pytest.raises(InputError) as error:
