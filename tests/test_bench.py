@@ -208,7 +208,7 @@ def test_a_failing_peer_costs_no_row_of_ours(tmp_path, monkeypatch):
     def peer(*_):
         raise InputError("the peer process stopped")
     own = [{"work": "prefill", "seconds": 1.0}]
-    for name, value in dict(find_spec=bool, bench_peer=peer, bench=lambda *_: own, plot=lambda rows, path: True).items():
+    for name, value in dict(find_spec=bool, bench_peer=peer, bench=lambda *_: own, plot=lambda *_: True).items():
         monkeypatch.setattr(bench, name, value)
     with pytest.raises(InputError, match="the peer process stopped"):
         bench.main(["--peer", "transformers", "--model", str(ROOT / "tests/golden/llama_rope3"), "--work", "prefill",
