@@ -3,7 +3,8 @@
     python paper/larger_models.py --jobs 2                       # all that paper/results/larger.json lacks yet
     python paper/larger_models.py --from-results                 # the tables again, without training
 
-The shallower ones are those that frontier.py trains from scratch; then each is tuned twice, dense and by our recipe. Savings are of each model's own dense work: the second table asks what gates cost a model of that size.
+The shallower ones are those that frontier.py trains from scratch; then each is tuned twice, dense and by our recipe.
+Savings are of each model's own dense work: the second table asks what gates cost a model of that size.
 """
 import shutil
 import sys
