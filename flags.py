@@ -38,14 +38,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, least=0, most=math.inf, above=False):
-    """The argparse type of a finite int or float in [least, most], or in (least, most] if above."""
+    """The argparse type of an int or float in [least, most], or in (least, most] if above, that fits into 64 bits."""
+    top = min(most, 2 ** 63 - 1 if kind is int else sys.float_info.max)
+
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most or abs(value) > sys.float_info.max or (above and value == least):
-            bounds = f"{'above' if above else 'of at least'} {least}" + (f" and at most {most}" * (most < math.inf))
+        if not least <= value <= top or (above and value == least):
+            bounds = f"{'above' if above else 'of at least'} {least}"
+            bounds += f" and at most {top}" * (most < math.inf or value > top)
             raise InputError(f"{text!r} must be a {'whole ' if kind is int else ''}number {bounds}")
         return value
     return convert

@@ -63,7 +63,7 @@ def main(argv=None):
     if not args.from_results:
         study.study(FILE, [[(name, seed) for seed in args.seeds for name in args.sizes]], one, args.jobs)
     if not (runs := study.entries(FILE)):
-        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+        raise InputError(f"{study.RESULTS / FILE} holds no results yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; -: not reached\n")
     rows = [row for name in SIZES for row in (f"{name}, dense", name)]
     print("\n".join([*table(runs, "macs_saved", rows), "", *of_dense(runs)]))

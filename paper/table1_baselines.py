@@ -183,7 +183,7 @@ def main(argv=None):
         study.study(FILE, [[(name, seed) for name in names for seed in args.seeds]],
                     partial(one, stays=args.stays), args.jobs)
     if not (found := study.entries(FILE)):
-        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+        raise InputError(f"{study.RESULTS / FILE} holds no results yet: leave out --from-results")
     curves = study.entries(table5_ablations.FILE) + [
         {**r, "rows": [row for row in r["rows"] if row.get("asked", 0.0) is not None]} for r in found]
     rows = [*OF_TABLE_5, *(row for method in EVERY.values() for row in method.views)]

@@ -186,7 +186,7 @@ def main(argv=None):
                  if (name, seed) not in done and any("{}" in flags for flags in known[name].stages)]
         study.study(FILE, [tuned, wanted], one, args.jobs)
     if not (runs := study.entries(FILE)):
-        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+        raise InputError(f"{study.RESULTS / FILE} holds no results yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; in brackets the MACs saved, %\n")
     rows = list(dict.fromkeys(row for model in known.values() for row in model.views))
     print("\n".join([*table(runs, "skipped", rows), "", *table(runs, "macs_saved", rows)]))

@@ -107,7 +107,7 @@ def main(argv=None):
     if not args.from_results:
         study.study(FILE, [[(MODEL, seed) for seed in args.seeds]], one, args.jobs)
     if not (runs := study.entries(FILE)):
-        raise InputError(f"{study.RESULTS / FILE} is not there yet: leave out --from-results")
+        raise InputError(f"{study.RESULTS / FILE} holds no results yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; savings are of the whole dense model's MACs; -: not "
           "reached\n")
     print("\n".join(table5_ablations.table(runs, "macs_saved", ROWS)))

@@ -380,6 +380,8 @@ def test_a_warm_up_longer_than_the_run_is_said(capsys):
     (dict(budget_start=1.5), "--budget-start: budget 1.5 is outside (0, 1]"),
     (dict(budget_start=0.7), "--budget-end 0.8 is above"),
     (dict(steps=0), "--steps: '0' must be a whole number of at least 1; --help lists the flags"),
+    (dict(steps=2 ** 63), "of at least 1 and at most 9223372036854775807"),
+    (dict(lr="1e999"), "above 0.0 and at most 1.79"),
     (dict(grad_accum=0), "--grad-accum: '0'"), (dict(lr="nan"), "--lr: 'nan'"), (dict(lr=0), "--lr: '0'"),
     (dict(warmup="1" + "0" * 400), "--warmup: '1000"),
     (dict(sparsity_weight=0.1, sparsity_weight_end=1), "--sparsity-weight-end 1.0 is above --sparsity-weight 0.1"),
