@@ -40,8 +40,9 @@ SMALLER = {                                                      # curve -> {mod
     "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
     "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
 }
-GATED = {"one threshold, MAC costs (ours)": "ours", "ours, K and V computed": "ours, K and V dense",
+GATED = {"one threshold, MAC costs (ours)": "ours",
          "ours, K and V computed, λ falling": "ours, falling lambda, K and V dense",
+         "the same, from the tuned model": "ours, falling lambda, K and V dense, from the tuned model",
          "ours, a quantile per branch": "ours, per branch", "the paper's recipe": "paper",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
 

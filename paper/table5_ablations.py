@@ -57,6 +57,7 @@ OURS_BUT = {
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
     "no gradient through gate inputs": "--gate-detach", "falling lambda": "--sparsity-weight-end 0.1",
     "falling lambda, K and V dense": "--sparsity-weight-end 0.1 --kv dense",
+    "falling lambda, K and V dense, from the tuned model": "--sparsity-weight-end 0.1 --kv dense --model {}",
 }
 BEST = "falling lambda, K and V dense"
 LINEAR_BUT = ("per branch", "equal costs", "lambda 0.3", "gates at 10 times the rate", "teacher",
