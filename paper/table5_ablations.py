@@ -52,6 +52,7 @@ PAPER_BUT = {                                                    # "{}" stands f
 OURS_BUT = {
     "per branch": "--threshold branch", "equal costs": "--sparsity-cost equal", "vector gates": "--gate vector",
     "lambda 0.1": "--sparsity-weight 0.1", "lambda 0.3": "--sparsity-weight 0.3",
+    "lambda 0.1, K and V dense": "--sparsity-weight 0.1 --kv dense",
     "gates at 10 times the rate": "--gate-lr-scale 10", "budget to 0.5": "--budget-end 0.5",
     "teacher": "--teacher {} --distill-weight 0.5", "from the tuned model": "--model {}",
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
