@@ -40,11 +40,11 @@ SMALLER = {                                                      # curve -> {mod
     "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
     "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
 }
-GATED = {"one threshold, MAC costs (ours)": "ours",
-         "ours, K and V computed, λ falling": "ours, falling lambda, K and V dense",
-         "the same, from the tuned model": "ours, falling lambda, K and V dense, from the tuned model",
-         "ours, a quantile per branch": "ours, per branch", "the paper's recipe": "paper",
+GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
+         "the same, a quantile per branch": "ours, per branch, lambda 0.1, K and V dense",
+         "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def plot(gated, smaller, path):
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
     for axis, (part, of) in zip(axes, PARTS.items()):
         for label, points in curves(gated, smaller, of).items():
             y = [torch.tensor(seeds) for seeds in points.values()]
@@ -146,7 +146,7 @@ def plot(gated, smaller, path):
         axis.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("exact answers, %")
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     write(path, drawn.getvalue())
@@ -181,7 +181,7 @@ def main(argv=None):
     for part, of in PARTS.items():
         print(f"\nexact answers, %, at % of MACs saved, {part}: mean±sample deviation over seeds (number of seeds)")
         for label, points in curves(gated, smaller, of).items():
-            print(f"{label:36}" + "  ".join(f"{x:.1f}: {study.mean_std(y)} ({len(y)})" for x, y in points.items()))
+            print(f"{label:40}" + "  ".join(f"{x:.1f}: {study.mean_std(y)} ({len(y)})" for x, y in points.items()))
     if plot(gated, smaller, args.out):
         print(f"\nwritten: {args.out}")
 

@@ -268,7 +268,7 @@ def test_a_stopped_command_goes_on(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("switches, flags, said", [
     (("--tasks", "piqa", "nothing"), {}, "--tasks nothing: not known"),
     (("--tasks", "piqa"), dict(shots=1), "train.jsonl, train.jsonl would do, and the hub's baber/piqa cannot be had"),
-    (("--tasks", "piqa", "--budgets", "0.2"), {}, "budget 0.2 is below"),
+    (("--tasks", "piqa", "--budgets", "0.2"), {}, "--budgets 0.2 is below"),
     (("--tasks", "piqa"), dict(batch_size=0), "--batch-size")])
 def test_bad_input(base, tmp_path, monkeypatch, switches, flags, said):
     """Found out after an hour, or a traceback."""

@@ -65,7 +65,7 @@ def test_curves_keep_seeds_apart(small, capsys):
         {"row": "2 blocks removed", "accuracy": y, "n": 9, "skipped": 0.0, "macs_saved": 0.25,
          "answer": {"macs_saved": 0.26}}]} for seed, y in ((1, 0.7), (2, 0.6))]
     found = frontier.curves(gated, smaller, frontier.PARTS["all tokens"])
-    assert found == {"one threshold, MAC costs (ours)": {0: [100.0, 90.0], 10: [90.0, 90.0]},
+    assert found == {"one threshold, K and V copied, λ 1": {0: [100.0, 90.0], 10: [90.0, 90.0]},
                      "the paper's recipe": {0: [50.0]},
                      "blocks removed, tuned again": {25.0: [70.0, 60.0]}}
     for e in gated:
