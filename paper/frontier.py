@@ -46,7 +46,6 @@ GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V d
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Smaller models
 # ---------------------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_flags_of_several_ranks(monkeypatch, request):
     device = lambda **flags: Ranks(1, 2).device(train.parse_args(words(data="arithmetic", **flags)))
     assert (device(device="cpu"), device(device="cuda")) == ("cpu", "cuda:1")
     assert "--device cuda:1" in complaint(device, device="cuda:1")
-    monkeypatch.setattr(train, "check_compiler", lambda: None)
+    monkeypatch.setattr("combinations.check_compiler", lambda: None)
     parsed = train.parse_args(["--data", "arithmetic", "--compile"])
     assert "--compile" in complaint(Ranks(1, 2).device, parsed)
 
