@@ -36,7 +36,7 @@ FILE, TARGETS = "frontier.json", (0, 10, 20, 30, 40, 50)         # %
 STEPS = 2200                                                     # of the embedded model's own training; the rest of it:
 SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --eval-limit 4".split()
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
-    "blocks removed, tuned again": {f"{n} blocks removed": n for n in (1, 2, 3, 4)},
+    "blocks removed, tuned again": {f"{n} blocks removed": n for n in (0, 1, 2, 3, 4)},
     "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
     "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
 }
@@ -66,9 +66,12 @@ def macs_of_answers(config, items):
 
 def without_blocks(blocks, seed):
     """The folder of the tuned model, which is there, without so many blocks."""
+    tuned = study.folder_of(table5_ablations.TUNED, seed)
+    if not blocks:
+        return tuned                                             # as many steps as the others, all blocks
     folder = study.folder_of(f"{blocks} blocks removed, start", seed)
     shutil.rmtree(folder, ignore_errors=True)
-    shortgpt.main(["--model", str(study.folder_of(table5_ablations.TUNED, seed)), "--data", "arithmetic",
+    shortgpt.main(["--model", str(tuned), "--data", "arithmetic",
                    "--limit", "200", "--blocks", str(blocks), "--out", str(folder)])
     return folder
 
@@ -103,7 +106,7 @@ def one(name, seed, threads):
         work, dense = (torch.tensor(macs_of_answers(load_model(where).config, items))
                        for where in (folder, testbed.START))
     shutil.rmtree(folder)
-    if isinstance(size, int):
+    if isinstance(size, int) and size:
         shutil.rmtree(start)
     saved = [1 - a / b for a, b in ((work.sum(), dense.sum()), (work[1], dense[1]))]
     return study.entry_of(name, seed, rows=[{**row, "row": name, "macs_saved": saved[0].item(),
@@ -115,13 +118,16 @@ def one(name, seed, threads):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def curves(gated, smaller, of):
-    """{label: {saved %: accuracies %, one per seed}}: gated models at exactly TARGETS where every seed was measured,
+    """{label: {saved %: accuracies %, one per seed}}: gated models at exactly TARGETS and as far as every seed goes,
     smaller ones at what each saves. of: entry -> the MACs that it saves, of all tokens or of generated ones."""
     found = {}
     for label, name in GATED.items():
-        rows = [[r for r in entry["rows"] if r["row"] == name] for entry in gated]
-        at = [interpolate([(100 * of(r), 100 * r["accuracy"]) for r in seed], TARGETS) for seed in rows if seed]
-        found[label] = {t: seeds for t, *seeds in zip(TARGETS, *at) if seeds and None not in seeds}
+        rows = [[(100 * of(r), 100 * r["accuracy"]) for r in e["rows"] if r["row"] == name] for e in gated]
+        rows = [points for points in rows if points]
+        end = min((max(points)[0] for points in rows), default=0)
+        targets = sorted({*(t for t in TARGETS if t < end), min(end, TARGETS[-1])})
+        found[label] = {t: seeds for t, *seeds in zip(targets, *(interpolate(points, targets) for points in rows))
+                        if seeds and None not in seeds}
     for label, sizes in SMALLER.items():
         mine = [[row for r in smaller for row in r["rows"] if row["row"] == name] for name in sizes]
         found[label] = {100 * of(m[0]): [100 * r["accuracy"] for r in m] for m in mine if m}
@@ -132,20 +138,27 @@ PARTS = {"all tokens": lambda r: r["macs_saved"], "generated tokens": lambda r: 
 
 
 def plot(gated, smaller, path):
-    """One panel for all tokens and one for generated ones; bars: sample deviation over seeds. True if drawn."""
+    """All tokens left, generated ones right; the upper end once more above. Bars: sample deviation over seeds, whose
+    number is in brackets. True if it was drawn."""
     plt = pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
-    for axis, (part, of) in zip(axes, PARTS.items()):
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex="col", sharey="row", layout="constrained")
+    for (above, below), (part, of) in zip(axes.T, PARTS.items()):
         for label, points in curves(gated, smaller, of).items():
-            y = [torch.tensor(seeds) for seeds in points.values()]
-            axis.errorbar(list(points), [x.mean() for x in y], [x.std() if len(x) > 1 else 0.0 for x in y], capsize=2,
-                          marker="s" if label in SMALLER else "o", ls="--" if label in SMALLER else "-", label=label)
-        axis.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
+            y, counts = [torch.tensor(seeds) for seeds in points.values()], sorted({len(s) for s in points.values()})
+            for axis in (above, below):
+                axis.errorbar(list(points), [x.mean() for x in y], [x.std() if len(x) > 1 else float("nan") for x in y],
+                              capsize=2, marker="s" if label in SMALLER else "o", ls="--" if label in SMALLER else "-",
+                              label=f"{label} ({' to '.join(map(str, counts[::max(1, len(counts) - 1)]))})")
+        above.set(ylim=(78, 101))
+        below.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("exact answers, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        axis.label_outer()
+    figure.supylabel("exact answers, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small",
+                  title="seeds in brackets")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     write(path, drawn.getvalue())
