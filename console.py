@@ -31,8 +31,8 @@ def pick_device(name=None, dtype="float32", tf32=False):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise InputError(f"--device {name} is no device that torch knows: cpu, cuda, cuda:1, ...") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: thresholds need float64, which only cpu and cuda have been tried with")
+    if device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
+        raise InputError(f"--device {name}: only cpu, cuda, cuda:1, ... have been tried; thresholds need float64")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: torch sees no such GPU here; leave --device out")
     reason = "asked for" if name else "a GPU is here" if device.type == "cuda" else "no GPU here"

@@ -58,6 +58,8 @@ def rows_in(file, made_with):
         rows = stored["rows"]
         good = all(isinstance(r[key], str) for r in rows for key in TEXTS)
         good = good and all(math.isfinite(r[key]) for r in rows for key in FIGURES) and isinstance(rows, list)
+        good = good and all(r["loss"] >= 0 and 0 < r["budget"] <= 1 and 0 <= r["accuracy"] <= 1
+                            and max(r[key] for key in FIGURES[4:]) <= 1 for r in rows)
     except (KeyError, TypeError, OverflowError):
         good = False
     if not good:

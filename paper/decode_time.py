@@ -63,6 +63,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.peer and find_spec("transformers") is None:
         raise InputError("--peer transformers: it is not installed (pip install transformers)")
+    if len({f"{share:g}" for share in args.saved}) < len(args.saved):
+        raise InputError("--saved has two shares that print alike: leave one out")
     check_own("--out", args.out, "command", "digest", "rows")
     where = pick_device(args.device, args.dtype)
     model, tokenizer = load_model(args.model, None, *where), load_tokenizer(args.model)

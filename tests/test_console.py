@@ -103,7 +103,7 @@ def test_device_and_reason_are_said(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("device: cpu (asked for); bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device()[0].type == "cpu" and "(no GPU here)" in capsys.readouterr().err
-    for name in ("abacus", "cuda", "mps"):
+    for name in ("abacus", "cuda", "mps", "cpu:7"):
         with pytest.raises(InputError, match=f"--device {name}"):
             pick_device(name)
 

@@ -90,6 +90,7 @@ def test_what_cannot_be_timed_is_refused_before_the_work(models, tmp_path, monke
                         "--new-tokens 600: the longest prompt leaves the model room for 4": dict(new_tokens=600),
                         "--peer transformers: it is not installed": dict(peer="transformers")}.items():
         assert said in complaint(timed, flags.pop("out", tmp_path / "rows.json"), "0.2", **models | flags)
+    assert "two shares that print alike" in complaint(timed, tmp_path / "rows.json", "0.2", "0.2000000001", **models)
     assert [*tmp_path.iterdir()] == []
 
 

@@ -143,12 +143,14 @@ def test_two_commands_with_one_file(models, tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_of_rows_is_refused_before_the_work(models, tmp_path, monkeypatch):
-    """A traceback, before the first row or after the last; a loss that is no number drawn as a curve."""
+    """A traceback, before the first row or after the last; a loss that cannot be drawn as a curve."""
     file, go = tmp_path / "rows.json", lambda: measure(file, model=models["dense"], reference=models["dense"])
     row, = go()
     made_with = json.loads(file.read_text())["made_with"]
     monkeypatch.setattr(answer_loss, "evaluate", None)
-    for rows in [{}, None, 3, [5], ["row"], [[]], [row | {"loss": "1.0"}], [row | {"loss": math.nan}], *(
+    for rows in [{}, None, 3, [5], ["row"], [[]], [row | {"loss": "1.0"}], *(
+            [row | {key: x}] for key, x in [("loss", math.nan), ("loss", -1.0), ("accuracy", 1.5), ("budget", 0.0),
+                                            ("skipped", 1.5), ("of_reference", 2.0)]), *(
             [{key: x for key, x in row.items() if key != lost}] for lost in row)]:
         file.write_text(json.dumps({"made_with": made_with, "rows": rows}))
         assert complaint(go) == f"--out {file} is damaged: give another --out"
