@@ -42,7 +42,7 @@ SMALLER = {                                                      # curve -> {mod
 }
 GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
          "the same, a quantile per branch": "ours, per branch, lambda 0.1, K and V dense",
-         "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper",
+         "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper, budget to 0.8",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
 
 

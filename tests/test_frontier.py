@@ -61,7 +61,7 @@ def test_a_smaller_model_is_made_tuned_and_measured(small, monkeypatch, name, ch
 
 def test_curves_keep_seeds_apart(small, capsys):
     """A mean of means, a seed that lacks a point left out in silence, a smaller model at another's savings."""
-    gated = [entry("ours", 1, [(0.0, 1.0), (0.4, 0.8)]), entry("paper", 1, [(0.0, 0.5)]),
+    gated = [entry("ours", 1, [(0.0, 1.0), (0.4, 0.8)]), entry("paper, budget to 0.8", 1, [(0.0, 0.5)]),
              entry("ours", 2, [(0.0, 0.9), (0.3, 0.9)])]        # as far as this seed goes, and no further
     smaller = [{"model": "2 blocks removed", "seed": seed, "rows": [
         {"row": "2 blocks removed", "accuracy": y, "n": 9, "skipped": 0.0, "macs_saved": 0.25,
