@@ -1,6 +1,6 @@
 """Algorithm 2: batched decoding that really skips, and a command line that shows what was skipped.
 
-    python generate.py --model runs/demo --budget 0.85 --show-compute --question "Tom has 31 red pens and 4 ..."
+    python generate.py --model runs/demo --budget 0.6 --show-compute --question "Tom has 31 red pens and 4 ..."
 
 Prompts of unequal length are left-padded; finished sequences leave the computation.
 """

@@ -93,4 +93,4 @@ print(memory() - before)
 def test_memory_does_not_grow_with_every_new_number_of_rows():
     """A program compiled and kept for each number of rows: gigabytes after some thousand ragged batches."""
     done = subprocess.run([sys.executable, "-c", RAGGED], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert float(done.stdout) < 100, done.stderr                 # MB; without a bound 500
+    assert float(done.stdout) < 250, done.stderr                 # MB; 22 to 107 of nine runs, without a bound 558
