@@ -155,10 +155,8 @@ def plot(gated, smaller, path):
         below.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.label_outer()
-    figure.supylabel("exact answers, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small",
-                  title="seeds in brackets")
+    figure.supylabel("exact answers, % (below: seeds in brackets)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     write(path, drawn.getvalue())
