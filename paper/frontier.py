@@ -71,8 +71,8 @@ def without_blocks(blocks, seed):
         return tuned                                             # as many steps as the others, all blocks
     folder = study.folder_of(f"{blocks} blocks removed, start", seed)
     shutil.rmtree(folder, ignore_errors=True)
-    shortgpt.main(["--model", str(tuned), "--data", "arithmetic",
-                   "--limit", "200", "--blocks", str(blocks), "--out", str(folder)])
+    shortgpt.main(["--model", str(tuned), "--data", "arithmetic", "--limit", "200", "--blocks", str(blocks),
+                   "--out", str(folder)])
     return folder
 
 
@@ -138,19 +138,19 @@ PARTS = {"all tokens": lambda r: r["macs_saved"], "generated tokens": lambda r: 
 
 
 def plot(gated, smaller, path):
-    """All tokens left, generated ones right; the upper end once more above. Bars: sample deviation over seeds, whose
-    number is in brackets. True if it was drawn."""
+    """All tokens left, generated ones right, the upper end above; bars: sample deviation over seeds. True if drawn."""
     plt = pyplot()
     if plt is None:
         return
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex="col", sharey="row", layout="constrained")
     for (above, below), (part, of) in zip(axes.T, PARTS.items()):
         for label, points in curves(gated, smaller, of).items():
-            y, counts = [torch.tensor(seeds) for seeds in points.values()], sorted({len(s) for s in points.values()})
+            y = [torch.tensor(seeds) for seeds in points.values()]
+            fewest, most = min(map(len, y)), max(map(len, y))
             for axis in (above, below):
                 axis.errorbar(list(points), [x.mean() for x in y], [x.std() if len(x) > 1 else float("nan") for x in y],
                               capsize=2, marker="s" if label in SMALLER else "o", ls="--" if label in SMALLER else "-",
-                              label=f"{label} ({' to '.join(map(str, counts[::max(1, len(counts) - 1)]))})")
+                              label=f"{label} ({most if fewest == most else f'{fewest} to {most}'})")
         above.set(ylim=(78, 101))
         below.set(xlabel=f"MACs saved of the dense model, gates paid, {part}, %", ylim=(-3, 103))
     for axis in axes.flat:
