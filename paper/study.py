@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +81,7 @@ def _while_parent_lives(one, *args):
     one's way."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     return one(*args)
 
 
@@ -104,7 +106,9 @@ def study(file, rounds, one, jobs):
                 try:
                     while runs or running:
                         while runs and len(running) < jobs:      # no more: what a pool holds ready cannot be recalled
+                            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})    # handed down: Ctrl-C waits
                             running.add(pool.submit(_while_parent_lives, one, *runs.pop(0), threads))
+                            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # till a child has imported
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
                             running.remove(done)
                             kept(done)

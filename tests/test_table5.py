@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -223,6 +224,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import study
+from console import run
 
 def one(name, seed, threads):
     Path("pid.tmp").write_text(str(os.getpid()))
@@ -231,7 +233,7 @@ def one(name, seed, threads):
 
 if __name__ == "__main__":
     study.RESULTS = Path("results")
-    study.study("table5.json", [[("endless", 1)]], one, 1)
+    run(lambda: study.study("table5.json", [[("endless", 1), ("waits", 1)]], one, 1))
 """
 
 
@@ -245,6 +247,31 @@ def test_a_worker_ends_with_its_study(tmp_path):
         finally:
             parent.kill()
     within(30, lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.parametrize("when", ("imports", "works"))
+def test_ctrl_c_is_told_once(tmp_path, when):
+    """A traceback of a worker that still imports, between the bar and what the study says."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    with subprocess.Popen([sys.executable, "endless.py", str(ROOT / "paper")], cwd=tmp_path, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, start_new_session=True) as parent:
+        try:
+            within(120, lambda: "spawn_main" in commands_below(parent.pid) and (
+                when == "imports" or (tmp_path / "pid").exists()))
+            os.killpg(parent.pid, signal.SIGINT)
+            said = parent.communicate(timeout=120)[1].decode()
+        finally:
+            parent.kill()
+    assert parent.returncode == 130 and "waiting for what still runs (1)" in said and "Traceback" not in said
+
+
+def commands_below(pid):
+    """The command lines of a process's children."""
+    try:
+        return "".join(Path(f"/proc/{child}/cmdline").read_text()
+                       for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    except FileNotFoundError:                                    # one that has ended meanwhile
+        return ""
 
 
 def within(seconds, true):
