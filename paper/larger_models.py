@@ -18,9 +18,9 @@ from flags import Parser, seed_number, whole
 import frontier
 import study
 import testbed
-from table5_ablations import OURS, TARGETS, curve, table
+from table5_ablations import TARGETS, curve, models, table
 
-FILE = "larger.json"
+FILE, RECIPE = "larger.json", models()["ours, lambda 0.1, K and V dense"].stages[0]
 SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6), "8 layers": None}
 
 
@@ -31,11 +31,11 @@ def one(name, seed, threads):
     with study.logged(folder, threads):
         if SIZES[name]:
             start = frontier.from_scratch(name, SIZES[name], seed)
-        for row, flags, view in ((name, OURS, "frozen"), (f"{name}, dense", "--gate none", "none")):
+        for row, flags, view in ((name, RECIPE, "frozen"), (f"{name}, dense", "--gate none", "none")):
             testbed.trained([[*flags.split(), "--model", str(start)]], seed, folder)
             rows += [{"row": row, **r} for r in testbed.sweep(folder, [view], seed)]
     shutil.rmtree(folder)
-    return study.entry_of(name, seed, flags=OURS, testbed=[testbed.STEPS, testbed.PROBLEMS], rows=rows)
+    return study.entry_of(name, seed, flags=RECIPE, testbed=[testbed.STEPS, testbed.PROBLEMS], rows=rows)
 
 
 def of_dense(runs):

@@ -3,10 +3,10 @@
     python paper/table7_9_smaller.py --jobs 2                    # all that paper/results/table7_9.json lacks yet
     python paper/table7_9_smaller.py --from-results              # the table again, without training
 
-The recipe of table5_ablations.py ("ours") on the embedded model; of each training every row, with thresholds measured
-anew. Savings are of the whole dense model's MACs: what a removed block saves is in them, which the paper's Table 9
-leaves out ("saved compute" there is of what is left); 4-bit weights save none, but memory. Larger models: quantize.py
-or shortgpt.py, then answer_loss.py. Table 8 is speculative.py.
+Two recipes of table5_ablations.py on the embedded model, the demo's first; of each training every row, with thresholds
+measured anew. Savings are of the whole dense model's MACs: what a removed block saves is in them, which the paper's
+Table 9 leaves out ("saved compute" there is of what is left); 4-bit weights save none, but memory. Larger models:
+quantize.py or shortgpt.py, then answer_loss.py. Table 8 is speculative.py.
 """
 import contextlib
 import shutil
@@ -32,8 +32,10 @@ from quantized import memory_of, quantize
 from recalibrate import recalibrate
 from thresholds import make_policy
 
-FILE, MODEL = "table7_9.json", "ours, made smaller"
-BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+FILE = "table7_9.json"
+RECIPES = {f"{name}, made smaller": table5_ablations.models()[name].stages[0]
+           for name in ("ours, lambda 0.1, K and V dense", "ours")}
+BUDGETS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
 FOUR_BITS = {"NF4": ("nf4", False), "NF4, double quantisation": ("nf4", True), "int4": ("int4", False)}
 REMOVED = {"1 block removed": 1, "2 blocks removed": 2}
 
@@ -79,7 +81,7 @@ def one(name, seed, threads):
     started, folder = time.perf_counter(), study.folder_of(name, seed)
     sizes = {row: [] for row in ROWS}
     views = {row: partial(made_smaller, change, sizes[row]) for row, change in ROWS.items()}
-    method = table1_baselines.Method(table5_ablations.OURS, contextlib.nullcontext, views)
+    method = table1_baselines.Method(RECIPES[name], contextlib.nullcontext, views)
     with study.logged(folder, threads):
         testbed.trained([method.flags.split()], seed, folder)
         trained = time.perf_counter() - started
@@ -105,17 +107,19 @@ def main(argv=None):
     p.add_argument("--from-results", action="store_true", help="print the table of all that is there, train nothing")
     args = p.parse_args(argv)
     if not args.from_results:
-        study.study(FILE, [[(MODEL, seed) for seed in args.seeds]], one, args.jobs)
+        study.study(FILE, [[(name, seed) for name in RECIPES for seed in args.seeds]], one, args.jobs)
     if not (runs := study.entries(FILE)):
         raise InputError(f"{study.RESULTS / FILE} holds no results yet: leave out --from-results")
     print("exact answers, %, mean ± sample deviation over seeds; savings are of the whole dense model's MACs; -: not "
-          "reached\n")
-    print("\n".join(table5_ablations.table(runs, "macs_saved", ROWS)))
-    sizes = runs[0].get("bytes")
-    if not isinstance(sizes, dict) or not all(type(size) is int and 0 < size < 2 ** 60 for size in sizes.values()):
-        raise InputError(f"{study.RESULTS / FILE}: \"bytes\" of its first entry is not as this program writes it: mend "
-                         "it")
-    print(f"\nmemory of all tensors, MB: {', '.join(f'{row} {size / 1e6:.2f}' for row, size in sizes.items())}")
+          "reached")
+    for name in RECIPES:
+        if not (of_it := [r for r in runs if r["model"] == name]):
+            continue
+        print(f"\n{name}\n\n" + "\n".join(table5_ablations.table(of_it, "macs_saved", ROWS)))
+        sizes = of_it[0].get("bytes")
+        if not isinstance(sizes, dict) or not all(type(size) is int and 0 < size < 2 ** 60 for size in sizes.values()):
+            raise InputError(f"{study.RESULTS / FILE}: \"bytes\" of {name!r} is not as this program writes it: mend it")
+        print(f"\nmemory of all tensors, MB: {', '.join(f'{row} {size / 1e6:.2f}' for row, size in sizes.items())}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import table7_9_smaller as smaller
 from test_table1 import small
 
 
-def test_a_model_is_made_smaller_in_every_way(small, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe", smaller.RECIPES)
+def test_a_model_is_made_smaller_in_every_way(small, folder, monkeypatch, capsys, recipe):
     """Savings of what is left in place of the whole, a change that changes nothing, results that are not kept."""
     monkeypatch.setattr(smaller, "BUDGETS", (1.0, 0.8))
     monkeypatch.setattr(smaller, "REMOVED", {"1 block removed": 1})
     monkeypatch.delitem(smaller.ROWS, "2 blocks removed")        # of two
-    entry = json.loads(json.dumps(smaller.one(smaller.MODEL, 1, 1)))
+    entry = json.loads(json.dumps(smaller.one(recipe, 1, 1)))
     full = {r["row"]: r for r in entry["rows"] if r["asked"] == 0.0}
     assert list(full) == list(smaller.ROWS) and len(entry["rows"]) == 2 * len(full)
     as_it_is = full["as it is"]["macs_saved"]
@@ -33,6 +34,7 @@ def test_a_model_is_made_smaller_in_every_way(small, folder, monkeypatch, capsys
     study.keep(smaller.FILE, entry)
     smaller.main(["--from-results"])
     printed = capsys.readouterr().out
+    assert [name for name in smaller.RECIPES if f"\n\n{name}\n" in printed] == [recipe]
     assert all(f"| {row} | 1 |" in printed for row in smaller.ROWS) and f"NF4 {bytes['NF4'] / 1e6:.2f}" in printed
 
 
