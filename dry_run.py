@@ -41,7 +41,7 @@ def dry_run(args, gate, models):
     print(f"{args.steps} steps of {args.grad_accum} x {args.batch_size} sequences up to {args.seq_len} tokens, "
           f"lr {args.lr}, budget {args.budget_start} -> {args.budget_end} ({args.schedule})"
           + ", one threshold for all branches" * (args.threshold == "global"))
-    print("\n".join(memory_table(config, tokens, args.freeze_backbone, args.checkpoint_activations)))
+    print("\n".join(memory_table(config, tokens, args.freeze_backbone, args.checkpoint_activations, args.seq_len)))
     if teacher:
         with torch.device("meta"):
             weights = 4 * sum(p.numel() for p in Model(teacher).parameters())

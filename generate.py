@@ -204,7 +204,8 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     model, tokenizer = load_model(args.model, device=device, dtype=dtype), load_tokenizer(args.model)
     check_fit(model, tokenizer)
-    known = [b for b in map(float, model.config.gateskip.get("thresholds", ())) if b < 1.0] or [0.85]
+    known = [b for b in map(float, model.config.gateskip.get("thresholds", ())) if b < 1.0] or (
+        [1.0] if "thresholds" in model.config.gateskip else [0.85])
     default = min(known, key=lambda b: abs(b - 0.85)) if model.config.gate is not None else 1.0
     policies = [make_policy(model.config, args.policy, budget, args.skip, args.kv, args.seed, device)
                 for budget in args.budgets or [args.budget or default]]

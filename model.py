@@ -96,11 +96,13 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask, is_causal, scale, softcap):
     """q (B, Hq, M, D), k and v (B, Hkv, T, D), mask (B or 1, 1, M, T) or None -> (B, Hq, M, D)"""
+    group = q.shape[1] // k.shape[1]
+    # A GPU's kernel for float32, or with a mask, knows no groups: torch would make M x T weights per head instead.
+    if softcap is not None or q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)              # (B, Hq, T, D)
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale,
                                               enable_gqa=q.shape[1] != k.shape[1])
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, Hq, T, D)
     weights = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)    # (B, Hq, M, T): cap before mask
     if mask is not None:
         weights = weights + mask
@@ -309,7 +311,7 @@ class Model(nn.Module):
         """(h_0 (B, S, H), Call): what the first block gets. Arguments as of forward."""
         h = self.model["embed_tokens"](input_ids)                                # (B, S, H): h_0, line 2
         if self.config.gemma:
-            h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype, device=h.device)
+            h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype)
         call = start_call(input_ids.shape, h.device, positions, valid, cache, policy or SkipPolicy(), compact)
         call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full row
         return h, call
@@ -331,13 +333,14 @@ class Model(nn.Module):
             raise InputError(f"compute {compute!r} is not one of masked, compact")
         h, call = self.begin(input_ids, positions, valid, cache, policy, compute == "compact")
         below, all_g, all_scores = None, [], []
+        keep_gates = self.training if keep_gates is None else keep_gates
         for block in self.model["layers"]:                                       # line 4, two branches at a time
             arguments = h, below, self.gates_of(block), call
             if checkpoint_blocks and torch.is_grad_enabled():
                 h, below, g, s = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 h, below, g, s = block(*arguments)
-            all_g, all_scores = all_g + g, all_scores + s
+            all_g, all_scores = all_g + g if keep_gates else all_g, all_scores + s
 
         if places is not None:
             h = h.flatten(0, 1)[places]                                          # (N, H)
@@ -348,7 +351,6 @@ class Model(nn.Module):
             logits = self.config.final_softcap * torch.tanh(logits / self.config.final_softcap)
 
         gated = self.config.gate is not None
-        keep_gates = self.training if keep_gates is None else keep_gates
         return logits, Trace(scores=all_scores if gated else None, keep=[call.keep[b] for b in range(len(all_scores))],
                              gates=all_g if gated and keep_gates else None, valid=call.valid, keys=call.keys,
                              logit_rows=logits[..., 0].numel(), kv=call.policy.kv)

@@ -27,11 +27,12 @@ class RunningQuantile:
     def update(self, scores, valid):
         """scores (2L, N), valid (N,) bool of one step. A point is the smallest score that has a share q of the work at
         or below it, q = 0, 0.01, ..., 1. Everything stays on the device."""
-        work = self.costs.to(scores.device)[:, None] * valid                                     # (2L, N)
+        self.costs = self.costs.to(scores.device)
+        work = self.costs[:, None] * valid                                                       # (2L, N)
         s, order = torch.where(work > 0, scores.double(), torch.inf).flatten().sort()
         total = work.flatten()[order].cumsum(0)
         at = torch.searchsorted(total, torch.linspace(0, 1, 101, dtype=torch.float64, device=s.device) * total[-1])
-        now = s[at.clamp(max=len(s) - 1)]
+        now = s[torch.minimum(at, (work > 0).sum() - 1)]         # a GPU's cumsum may round past the last score
         self.points = now if self.points is None else 0.9 * self.points.to(now.device) + 0.1 * now
 
     def at(self, q):

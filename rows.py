@@ -115,7 +115,9 @@ class KVCache:
 
     def select(self, rows):
         """Go on with these rows only, a (B',) index tensor: finished sequences leave the computation."""
-        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        for cached in (self.k, self.v):
+            for layer, x in enumerate(cached):                   # one at a time: two whole caches may not fit
+                cached[layer] = x[rows]
         self.lengths = self.lengths[rows]
 
 

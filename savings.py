@@ -169,14 +169,16 @@ def counts_table():
     return lines
 
 
-def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=False):
-    """{part: bytes} of an FP32 training step (masked), counted from what autograd keeps; an upper bound if frozen.
+def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=False, length=None):
+    """{part: bytes} of an FP32 training step (masked) of `tokens` in sequences of `length` (default: one), counted from
+    what autograd keeps on a GPU; an upper bound if frozen.
 
-    Per token and layer autograd keeps 10 H + 2 (Hq + Hkv) D + 4 I numbers: per branch the residual stream, the norm's
-    two products, the gate and (without gates not) the branch's output; q, k, v and attention's output; four of the
-    MLP's width. Gemma 2 adds 4 H for its second norms and two S x S matrices per head for the soft-capping. With
-    checkpointing only each block's inputs and the gates stay, and one block at a time is recomputed. Logits: the
-    product, its softmax, its gradient. Not counted: what the backward pass of one operation holds for a moment.
+    Per token and layer autograd keeps 10 H + 4 Hq D + 4 I numbers: per branch the residual stream, the norm's two
+    products, the gate and (without gates not) the branch's output; q, attention's output, and K and V, repeated for
+    each query head; four of the MLP's width. Gemma 2 adds 4 H for its second norms and two S x S matrices per head and
+    sequence for the soft-capping. With checkpointing only each block's inputs and the gates stay, and one block at a
+    time is recomputed. Logits: the product, its softmax, its gradient, and Gemma's tanh. Not counted: what the backward
+    pass of one operation holds for a moment.
     """
     with torch.device("meta"):
         model = Model(config)
@@ -184,20 +186,21 @@ def memory_on_paper(config, tokens, answer_tokens, frozen=False, checkpointing=F
     n_trained = sum(p.numel() for name, p in model.named_parameters() if "_gate." in name or not frozen)
     H, D, heads, kv_heads = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     gates = 0 if config.gate is None else 2 * config.gate.widths(H)[1]
-    block = (8 if gates else 6) * H + gates + 2 * (heads + kv_heads) * D + 4 * config.intermediate_size
+    block = (8 if gates else 6) * H + gates + 4 * heads * D + 4 * config.intermediate_size
     if config.gemma:
-        block += 4 * H + 2 * (heads - kv_heads) * D + 2 * heads * tokens
+        block += 4 * H + 2 * heads * (length or tokens)
     kept = H + 2 * kv_heads * D + gates
     activations = kept * config.num_hidden_layers + block if checkpointing else block * config.num_hidden_layers
+    logits = (4 if config.final_softcap else 3) * answer_tokens * config.vocab_size
     return {"weights": 4 * n_all, "gradients": 4 * n_trained, "Adam": 8 * n_trained,
-            "activations": 4 * tokens * activations, "logits": 3 * 4 * answer_tokens * config.vocab_size}
+            "activations": 4 * tokens * activations, "logits": 4 * logits}
 
 
-def memory_table(config, tokens, frozen, checkpointing):
+def memory_table(config, tokens, frozen, checkpointing, length=None):
     """memory_on_paper without and with checkpointing, every token an answer token: lines to print."""
     lines = [f"memory on paper, FP32, {tokens} tokens at once, every one an answer token (GB):"]
     for name, way in (("without", False), ("with   ", True)):
-        parts = memory_on_paper(config, tokens, tokens, frozen, way)
+        parts = memory_on_paper(config, tokens, tokens, frozen, way, length)
         lines.append(f"  {name} --checkpoint-activations: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in parts.items())
                      + f" = {sum(parts.values()) / 1e9:.1f}" + ("  <- this run" if way == checkpointing else ""))
     return lines

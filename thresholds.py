@@ -60,6 +60,7 @@ def one_pass(model, sequences, q, skip, kv):
         longest = max(map(len, chunk))
         ids = torch.tensor([s + [0] * (longest - len(s)) for s in chunk], device=device)         # (B, S)
         valid = torch.arange(longest, device=device) < torch.tensor([[len(s)] for s in chunk], device=device)
+        valid = valid if min(map(len, chunk)) < longest else None    # without it attention needs no mask
         runs.append(model.begin(ids, valid=valid, policy=SkipPolicy("none", 1.0, skip, kv), compact=True))
     branches = range(2 * model.config.num_hidden_layers)
     thresholds, smallest = dict.fromkeys(branches, 0.0), dict.fromkeys(branches, 0.0)
@@ -156,7 +157,8 @@ def thresholds_at(table, budget):
     budget = check_budget(budget)
     if budget < known[0][0] - 1e-9:
         raise InputError(f"budget {budget} is below the smallest calibrated one, {known[0][0]}: "
-                         "train with a lower --budget-end")
+                         f"the training command with --resume --calibrate {budget} measures it; below its --budget-end "
+                         "train anew")
     for (b0, tau0), (b1, tau1) in zip(known, known[1:]):
         if budget <= b1 + 1e-9:
             w = min(max((budget - b0) / (b1 - b0), 0.0), 1.0)

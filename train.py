@@ -139,14 +139,14 @@ def train(args, gate, device, dtype, out, ranks=None):
             part = picked[start:start + args.batch_size]
             input_ids, loss_mask, valid = collate(part)                                          # (B, S) each
             places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))        # (N,), (N,)
-            valid = None if valid.all() else valid.to(device)
+            input_ids, valid = input_ids.to(device), None if valid.all() else valid.to(device)
             # model.py: Model.forward for h_0 of line 2 and the layers of line 4, Block.forward for lines 4-16
-            logits, trace = forward(input_ids.to(device), valid=valid, policy=policy, compute=args.compute,
-                                    places=places, checkpoint_blocks=args.checkpoint_activations)        # (N, V)
+            logits, trace = forward(input_ids, valid=valid, policy=policy, compute=args.compute, places=places,
+                                    checkpoint_blocks=args.checkpoint_activations)               # (N, V)
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens       # line 17: L_CE, eq. 3
             kl = sparsity = ce.new_zeros(())
             if teacher:                                          # ours: what another model would have said
-                kl = kl_divergence(teacher, logits, input_ids.to(device), valid, places) / answer_tokens
+                kl = kl_divergence(teacher, logits, input_ids, valid, places) / answer_tokens
             if gate is not None:              # line 18: L_S; printed: "l1" there, "l2_norm" in eq. 4, "l2" is neither
                 share = sum(len(ids) for ids, _ in part) / tokens        # of the step's tokens, whatever --grad-accum
                 sparsity = share * sparsity_loss(trace.gates, valid, args.sparsity_loss, b, costs)
@@ -160,6 +160,7 @@ def train(args, gate, device, dtype, out, ranks=None):
                 sums |= {key: sums[key] + value.float() for key, value in now.items()}
                 if quantile:
                     seen.append((torch.stack(trace.scores).flatten(1), trace.valid.flatten()))
+            del logits, trace                                    # before the next pass makes its own
         if quantile:
             seen = [torch.cat(x, -1) for x in zip(*seen)]
             quantile.update(*(ranks.gather(*seen) if ranks else seen))
@@ -168,7 +169,7 @@ def train(args, gate, device, dtype, out, ranks=None):
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), TABLE_15["clip"])
         if ranks:
             sums, norm, stop = ranks.agree(sums, norm, came)
-        # the loop's only wait for the device; compact waits once a branch too
+        # here the loop waits for the device; beside this where it hands it a batch, and with compact once a branch
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
         loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + weight * sums["sparsity"]
@@ -176,7 +177,8 @@ def train(args, gate, device, dtype, out, ranks=None):
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
                "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(row["loss"] + norm):                # before the update that would spoil the weights
-            cause = "look at --teacher" if not math.isfinite(sums["kl"]) else "lower --lr or --gate-lr-scale"
+            cause = "look at --teacher" if math.isfinite(sums["ce"]) > math.isfinite(sums["kl"]) else (
+                "lower --lr or --gate-lr-scale")
             raise InputError(f"the loss is {row['loss']}, its gradient's norm {norm} at step {step}: {cause}; "
                              "nothing was saved since the last checkpoint")
         optimizer.step()                                                                         # line 19: update
@@ -266,7 +268,7 @@ def say_sizes(model, trained, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NOT_SETTINGS = ("resume", "overwrite", "out", "dry_run", "save_every",           # flags that a resumed run may change
-                "eval_limit", "calibrate", "calibration_sequences", "show_branches")
+                "eval_limit", "calibrate", "calibration_sequences", "show_branches", "checkpoint_activations")
 
 
 def parse_args(argv):
@@ -282,7 +284,8 @@ def parse_args(argv):
     add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
     add("--eval-limit", type=whole(1), default=200, help="problems in that table")
-    add("--calibration-sequences", type=whole(1), default=HELD_OUT, help="how many held-out ones to calibrate on")
+    add("--calibration-sequences", type=whole(1), default=HELD_OUT,
+        help=f"how many to calibrate on, of the {HELD_OUT} held out (a text's windows may be more)")
     add("--calibrate", type=check_budget, nargs="+", metavar="BUDGET",
         help="budgets to calibrate at the end; default: 0.95, 0.9, ... as far down as training went")
     add("--out", default="runs/demo", help="folder of this run: checkpoints, metrics.jsonl, curves")
@@ -344,4 +347,5 @@ if __name__ == "__main__":
         from shards import on_every_rank
         main = on_every_rank(main)
     run(main, interrupted="interrupted: what was saved in --out stays, --resume goes on with it",
-        out_of_memory="lower --batch-size or --seq-len (and raise --grad-accum), or add --checkpoint-activations")
+        out_of_memory="add --checkpoint-activations, --resume takes it; or begin anew with a lower --batch-size or "
+                      "--seq-len (and a higher --grad-accum)")

@@ -12,7 +12,7 @@
 #   llama-3.2-1b    6                   20              44 at 4,096 tokens, fewer as they come
 #   llama-3.2-3b    14                  50              73
 #   llama-3.1-8b    28                  110             65, backbone frozen
-#   gemma-2-2b      12                  40              65
+#   gemma-2-2b      12                  40              69
 #
 # For other sizes: TRAIN="--steps 10" EVALUATE="--limit 5" DATA=folder RUNS=folder MODEL=folder paper/reproduce.sh ...
 set -euo pipefail

@@ -391,6 +391,16 @@ def test_resume_with_other_settings_names_both_values(folder, unbroken, tmp_path
     same_bits(state(tmp_path / "run"), before)
 
 
+def test_a_run_that_memory_ended_goes_on_with_recomputed_activations(folder, unbroken, tmp_path, monkeypatch):
+    """The way out that train.py tells, refused by --resume; or other numbers there."""
+    at_step(monkeypatch, 4, kill)
+    with pytest.raises(Killed):
+        run(folder, tmp_path / "run", **SCHEDULES["global"])
+    undisturbed(monkeypatch)
+    assert run(folder, tmp_path / "run", "--resume", "--checkpoint-activations", **SCHEDULES["global"]) == 0
+    same_bits(state(tmp_path / "run"), state(unbroken["global"]))
+
+
 def test_a_damaged_train_state_is_told_in_one_line(folder, unbroken, tmp_path):
     """A traceback out of the zip reader."""
     shutil.copytree(unbroken["linear"], tmp_path / "run")

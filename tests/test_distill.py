@@ -56,6 +56,18 @@ def test_the_loss_of_a_run(folder, teacher, tmp_path):
     assert "kl" not in metrics(tmp_path / "alone")[0]
 
 
+@pytest.mark.parametrize("whose, cause", [("the model's", "lower --lr"), ("the teacher's", "look at --teacher")])
+def test_whose_loss_is_not_finite(folder, teacher, tmp_path, monkeypatch, whose, cause):
+    """The teacher blamed for a model that diverged: its divergence from the teacher is not finite either."""
+    import train
+    real = train.kl_divergence
+    monkeypatch.setattr(train, "kl_divergence", lambda *args: real(*args) * float("nan"))
+    if whose == "the model's":
+        monkeypatch.setattr(train.F, "cross_entropy", lambda logits, targets, **how: logits.sum() * float("nan"))
+    with pytest.raises(InputError, match=cause):
+        run(folder, tmp_path / "run", teacher=teacher, **TAUGHT | dict(steps=1))
+
+
 def test_a_taught_run_resumes_bit_for_bit(folder, teacher, tmp_path, monkeypatch):
     """A teacher that is trained along, or drawn from the run's own random state."""
     assert run(folder, tmp_path / "unbroken", teacher=teacher, **TAUGHT) == 0

@@ -333,10 +333,11 @@ def test_the_default_budget_is_one_that_is_calibrated(folder, tmp_path, capsys):
     """The command that train.py itself proposes, refused: 0.85 by default, where nothing below 0.9 was trained for."""
     shutil.copytree(folder, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    del config["gateskip"]["thresholds"]["0.7"]
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    assert main(command(tmp_path / "m", "--prompt", "Tom has 12 eggs")) == 0
-    assert "frozen, budget 0.9: " in capsys.readouterr().out
+    for gone, expected in (("0.7", "frozen, budget 0.9: "), ("0.9", "none, budget 1.0: ")):      # only 1.0 is left
+        del config["gateskip"]["thresholds"][gone]
+        (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+        assert main(command(tmp_path / "m", "--prompt", "Tom has 12 eggs")) == 0
+        assert expected in capsys.readouterr().out
 
 
 def test_streamed_text_is_the_decoded_text(folder, capsys):

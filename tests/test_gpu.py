@@ -8,6 +8,7 @@ import re
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -39,9 +40,11 @@ QUESTION = "Tom has 31 red pens and 14 blue pens. Then he gives Ann 9. How many 
 
 
 def on(device, function, *args):
-    """What a function makes of these on the CPU, or on the pretended GPU; there with what it waited for."""
+    """What a function makes of these on the CPU, or on the pretended GPU; there with what it waited for. On both K and V
+    are repeated for each query head, as `attend` does on a GPU."""
     if device == "cpu":
-        return function(*args), {}
+        with mock.patch.object(torch.Tensor, "is_cuda", True):
+            return function(*args), {}
     with pretended() as seen:
         return function(*args), dict(seen)
 

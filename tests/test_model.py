@@ -7,6 +7,7 @@ import copy
 import math
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -676,6 +677,40 @@ def test_both_styles_of_config_load_alike(golden, tmp_path):
 
 
 # Training.
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_no_groups_that_its_kernel_does_not_know(dtype, monkeypatch):
+    """Scores of every head and pair in memory, 34 GB of them for 4,096 tokens of a 1B model: there torch's kernels for
+    float32, and with a mask, want as many heads of K and V as of q."""
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, attn_mask, **how: (
+        calls.append((attn_mask is not None, q.shape[1] == k.shape[1])), attention(q, k, v, attn_mask, **how))[1])
+    model, ids = build(llama(), dtype=dtype), tokens(2, 6)
+    valid = padding([6, 4], 6)
+    with torch.no_grad():
+        before = [model(ids, valid=v)[0] for v in (None, valid)]
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        after = [model(ids, valid=v)[0] for v in (None, valid)]
+    layers, there = model.config.num_hidden_layers, dtype == torch.float32
+    assert calls == sum([[(masked, same)] * layers for masked, same in (
+        (False, False), (True, False), (False, there), (True, True))], [])
+    assert all(torch.allclose(a, b, atol=1e-2 if dtype == torch.bfloat16 else 1e-6) for a, b in zip(before, after))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gates_that_nobody_asked_for_are_let_go(keep):
+    """A forward pass that holds the vector gates of every branch to its end: 16 GB of an 8B model's batch."""
+    model, made = build(llama()).eval(), []
+    for block in model.model["layers"]:
+        for gate in model.gates_of(block):
+            gate.register_forward_hook(lambda module, x, out: made.append(
+                weakref.ref(out[0] if isinstance(out, tuple) else out)))
+    model.lm_head.register_forward_pre_hook(lambda *_: made.append([ref() is not None for ref in made]))
+    with torch.no_grad():
+        model(tokens(1, 5), keep_gates=keep)
+    branches = 2 * model.config.num_hidden_layers
+    assert len(made[-1]) == branches and sum(made[-1][:-2]) == (branches - 2 if keep else 0)
+
 
 def test_checkpointing_stores_less():
     """checkpoint_blocks that is accepted and ignored: blocks run twice with a backward pass, and once without."""

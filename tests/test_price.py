@@ -71,3 +71,13 @@ def test_the_budget_is_the_share_of_work_that_runs(skip):
     policy = running.policy(0.7, skip, "copy_up")
     runs = [cost * policy.keep(b, scores[b][None], valid).double().mean() for b, cost in enumerate(costs)]
     assert abs(float(sum(runs)) / sum(costs) - 0.7) < 0.03
+
+
+def test_a_sum_that_rounds_past_the_last_score(monkeypatch):
+    """A GPU adds in another order: shares past the last entry with work, and infinity as the largest price for good."""
+    exact = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: exact(x, dim) * torch.linspace(1, 1 + 1e-9, len(x),
+                                                                                              dtype=torch.float64))
+    quantile = RunningQuantile([1.0, 0.0])                       # the second branch never skips: no work
+    quantile.update(torch.tensor([[0.2, 0.4, 0.6, 0.9], [0.3, 0.3, 0.3, 0.3]]), torch.tensor([True, True, True, False]))
+    assert quantile.at(1.0) == pytest.approx(0.6) and quantile.points.isfinite().all()

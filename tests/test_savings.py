@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import (Synchronisations, both_kv, build, everyone, families, frozen, llama, mask, new_cache, on_devices,
-                      padding, tokens)
+from conftest import (VOCAB, Synchronisations, both_kv, build, everyone, families, frozen, gemma, llama, mask,
+                      new_cache, on_devices, padding, tokens)
 from gates import GateConfig, SkipPolicy
 from model import Model, ModelConfig, Trace
 from rows import KVCache
@@ -323,9 +323,10 @@ def activations(config, frozen=False, checkpointing=False, length=192):
 
 @families
 @pytest.mark.parametrize("gate", [GateConfig(), GateConfig(form="scalar"), None], ids=["vector", "scalar", "none"])
-def test_memory_on_paper_is_what_autograd_keeps(family, gate):
+def test_memory_on_paper_is_what_autograd_keeps(family, gate, monkeypatch):
     """A README that promises a run which does not fit: a term forgotten or counted twice, without and with
     recomputation."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)           # what is kept there: K and V once for each query head
     shape = dict(hidden_size=48, intermediate_size=144, head_dim=12)
     few, many = family(gate, **shape, num_hidden_layers=2), family(gate, **shape, num_hidden_layers=6)
     for checkpointing, measured in ((False, 0), (True, 1)):
@@ -346,6 +347,15 @@ def test_memory_of_what_is_trained():
         parts = memory_on_paper(model.config, 50, 7, frozen_backbone)
         assert (parts["weights"], parts["gradients"], parts["Adam"]) == (4 * everything, 4 * trained, 8 * trained)
         assert parts["logits"] == 3 * 4 * 7 * 60                 # three times (answer tokens, V)
+
+
+def test_memory_of_several_sequences():
+    """Eight texts of 512 tokens taken for one of 4,096, whose soft-capped scores are eight times as large; Gemma's
+    tanh of the logits, which stays for the backward pass."""
+    for make, kept in ((llama, 3), (gemma, 4)):
+        one, eight = (memory_on_paper(make(), n * 512, 7, length=512) for n in (1, 8))
+        assert eight["activations"] == 8 * one["activations"] and one["logits"] == kept * 4 * 7 * VOCAB
+    assert memory_on_paper(gemma(), 4096, 7)["activations"] > eight["activations"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -176,6 +176,16 @@ def test_one_pass_in_chunks_is_one_pool(skip, monkeypatch):
         assert np.allclose(whole, in_chunks, rtol=0, atol=1e-9) and any(whole[0])
 
 
+def test_equal_lengths_need_no_mask(monkeypatch):
+    """A mask of (S, S) kept for each chunk of windows without padding: 4 GB of them for 64 of 4,096 tokens."""
+    model, calls = build(llama()), []
+    begin = model.begin
+    monkeypatch.setattr(thresholds, "chunks", lambda seqs: [seqs])
+    monkeypatch.setattr(model, "begin", lambda ids, **how: calls.append(begin(ids, **how)) or calls[-1])
+    one_pass(model, [list(range(1, 10)) for _ in range(3)], 0.3, "all", "copy_up")
+    assert all(mask is None for mask in calls[0][1].mask_of.values())
+
+
 def test_calibrate_without_gates_is_refused():
     """A traceback for whoever calibrates the plain model."""
     with pytest.raises(InputError):
