@@ -40,8 +40,8 @@ QUESTION = "Tom has 31 red pens and 14 blue pens. Then he gives Ann 9. How many 
 
 
 def on(device, function, *args):
-    """What a function makes of these on the CPU, or on the pretended GPU; there with what it waited for. On both K and V
-    are repeated for each query head, as `attend` does on a GPU."""
+    """What a function makes of these on the CPU, or on the pretended GPU; there with what it waited for. On both, K and
+    V are repeated for each query head, as `attend` does on a GPU."""
     if device == "cpu":
         with mock.patch.object(torch.Tensor, "is_cuda", True):
             return function(*args), {}
