@@ -115,9 +115,8 @@ class KVCache:
 
     def select(self, rows):
         """Go on with these rows only, a (B',) index tensor: finished sequences leave the computation."""
-        for cached in (self.k, self.v):
-            for layer, x in enumerate(cached):                   # one at a time: two whole caches may not fit
-                cached[layer] = x[rows]
+        for layer, (k, v) in enumerate(zip(self.k, self.v)):     # one at a time: two whole caches may not fit
+            self.k[layer], self.v[layer] = k[rows], v[rows]
         self.lengths = self.lengths[rows]
 
 
@@ -218,9 +217,8 @@ def attention_mask(call, rows, window, as_tensor):
         key = call.positions                                                     # keys lie in call order
     else:
         key = torch.arange(call.keys, device=query.device)[None]                 # keys lie in slots = positions
-    sees = key[:, None, :] <= query[:, :, None]                                  # (B or 1, S or M, T)
-    if window is not None:
-        sees = sees & (key[:, None, :] > query[:, :, None] - window)
+    key, query = key[:, None, :], query[:, :, None]
+    sees = key <= query if window is None else (key <= query) & (key > query - window)           # (B or 1, S or M, T)
     if call.fresh and call.padded:
         sees = sees & call.valid[:, None, :]
     # large and finite: a row that sees nothing must not become NaN

@@ -256,8 +256,9 @@ class GateSkip:
         q = rotate(attn.q_proj(x).unflatten(-1, (-1, head_dim)), rows.take(call.cos), rows.take(call.sin))
         q = rows.pad(q, 0.0).transpose(1, 2)                                     # (B, Hq, M, D)
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, Hq, T, D): with a mask
-        if cap is None:                                                          # a GPU's kernels know no groups
+        # With a mask a GPU's kernels know no groups of heads.
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)                  # (B, Hq, T, D)
+        if cap is None:
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)
         else:
             weights = cap * torch.tanh(q @ k.transpose(-1, -2) * scale / cap)                        # (B, Hq, M, T)
