@@ -11,7 +11,6 @@ accuracy.
 
 Shapes: B batch, S sequence, L layers.
 """
-import io
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bench_peer import bench_peer, wait_for
-from disk import check_writable, write
+from disk import check_writable, write, write_figure
 from gates import Gate, SkipPolicy
 from load_weights import load_model
 from model import Model, ModelConfig
@@ -189,9 +188,7 @@ def plot(rows, path):
     axis.set(xlabel="(token, branch) pairs skipped, %", ylabel="times as fast as budget 1.0")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(drawn := io.BytesIO(), dpi=120, format="png")
-    plt.close(figure)
-    write(path, drawn.getvalue())
+    write_figure(path, figure)
     return True
 
 

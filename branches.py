@@ -3,12 +3,11 @@
 Under one threshold for the whole model the budget is far from uniform. Here L layers have 2L shares in [0, 1], in the
 order attn 0, mlp 0, attn 1, ...; `parts` is {"prompt": 2L, "answer": 2L}, or {"all": 2L} where that is not told apart.
 """
-import io
 from importlib.util import find_spec
 from pathlib import Path
 
 from console import InputError, pyplot
-from disk import check_file, write
+from disk import check_file, write_figure
 
 SHARE = "share of tokens that ran the branch"
 NAMES = {"prompt": "prompt", "answer": "generated", "all": "all"}
@@ -89,8 +88,5 @@ def draw(title, kept, path):
         figure.colorbar(image, ax=axes, label=SHARE, format="{x:.0%}")
     whose = title if several else f"{title}, budget {next(iter(kept)):g}"
     figure.suptitle(f"{whose}: {NAMES[part]} tokens")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    write(path, buffer.getvalue())
-    plt.close(figure)
+    write_figure(path, figure)
     return True

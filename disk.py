@@ -4,6 +4,7 @@ A rename may reach the disk before the bytes of the file that it names. So: writ
 rename, sync the folder that holds the name.
 """
 import errno
+import io
 import os
 import re
 import socket
@@ -55,6 +56,14 @@ def write(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_figure(path, figure):
+    """Write a matplotlib figure as PNG, as `write` does, and close it."""
+    import matplotlib.pyplot as plt                              # loaded already: it made the figure
+    figure.savefig(drawn := io.BytesIO(), dpi=120, format="png")
+    plt.close(figure)
+    write(path, drawn.getvalue())
 
 
 def check_file(path):

@@ -6,7 +6,6 @@
 Zero-shot with the training template. An answer counts if the first `#### number` in it is the right one (answers.py).
 A sweep that was stopped goes on with the same command (sweep.py).
 """
-import io
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from answers import check_golds, extract_answer, is_right, normalise
 from branches import SHOW_BRANCHES, parts_of, show
 from checkpoint import STEP, held
 from data import encode_prompt, load_examples
-from disk import check_writable, write
+from disk import check_writable, write_figure
 from gates import check_budget
 from generate import generate
 from load_weights import check_fit, find_folder, load_model, load_tokenizer, model_digest
@@ -94,10 +93,7 @@ def plot(rows, path):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"exact answers, % of {rows[0]['n']} held-out problems")
     axes[0].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write(path, picture.getvalue())
-    plt.close(figure)
+    write_figure(path, figure)
     return True
 
 

@@ -1,11 +1,10 @@
 """A run's metrics: its lines and curves."""
-import io
 import json
 import math
 from contextlib import suppress
 
 from console import pyplot
-from disk import write
+from disk import write_figure
 
 
 def add_line(metrics, row):
@@ -48,7 +47,4 @@ def plot_metrics(out, name="metrics.png"):
         axis.legend()
         axis.ticklabel_format(axis="y", useOffset=False)
     axes[0].set_yscale("log")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    write(out / name, picture.getvalue())
-    plt.close(figure)
+    write_figure(out / name, figure)

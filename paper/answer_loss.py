@@ -130,6 +130,8 @@ def fill(args):
             like = budget_of_chance(model.config, done[name, "frozen", budget]) if model.config.gate else budget
             policy = make_policy(model.config, "random", like, seed=args.seed)
         loss, accuracy, saved = evaluate(model, items, policy)
+        if not loss < 700:                                       # NaN, too; exp(709) is the last that there is
+            raise InputError(f"--model {source}, budget {budget:g}: its loss is {loss:.3g}: is it a damaged model?")
         rows.append({"model": name, "digest": digests[name], "policy": kind, "budget": budget, "loss": loss,
                      "perplexity": math.exp(loss), "accuracy": accuracy, **{key: saved[key] for key in NUMBERS},
                      "of_reference": 1 - saved["macs"] / all_work})

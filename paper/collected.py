@@ -5,7 +5,6 @@ a finished text sees the gates that its generation saw: frozen thresholds look a
 
 Shapes: B batch, S sequence, L layers, N tokens of all texts, one text after the other.
 """
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from branches import picture
 from budgets import prompt_of
 from data import collate
-from disk import write
+from disk import write, write_figure
 from gates import check_budget
 from generate import generate
 from load_weights import model_digest
@@ -110,6 +109,5 @@ def keep(args, figure, model, **numbers):
     """Write the numbers, and the picture."""
     head = {"command": " ".join(["python", *sys.argv]), **vars(args), "digest": model_digest(model.source)}
     write(Path(args.out).with_suffix(".json"), json.dumps(head | numbers, indent=1, ensure_ascii=False))
-    figure.savefig(drawn := io.BytesIO(), dpi=120, format="png")
-    write(args.out, drawn.getvalue())
+    write_figure(args.out, figure)
     print(f"written: {args.out}, and the numbers beside it")

@@ -3,7 +3,6 @@
 A row is a dict: model, policy, budget, loss, perplexity, accuracy (of tokens), the three numbers skipped,
 skipped_per_call and macs_saved, and of_reference: the share saved of another, dense model's work.
 """
-import io
 import math
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import pyplot
 
-from disk import write
+from disk import write_figure
 from sweep import interpolate
 
 HEADER = f"{'model':24} policy budget      loss perplexity accuracy  skipped per call macs_saved of reference"
@@ -60,8 +59,5 @@ def plot(rows, plain, path):
              ylabel="perplexity" if plain else "answer loss, nats", yscale="log" if plain else "linear")
     axis.grid(alpha=0.3)
     axis.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    write(path, drawn.getvalue())
-    plt.close(figure)
+    write_figure(path, figure)
     return True

@@ -144,9 +144,10 @@ def fill(args, names):
         raise InputError(f"--bos: {args.model} names no bos_token_id: leave --bos out")
     known = sorted({1.0, *map(float, model.config.gateskip.get("thresholds", ()))}, reverse=True)
     budgets = list(dict.fromkeys(args.budgets or known))
+    policy = lambda b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
     try:
-        policies = {b: make_policy(model.config, args.selector if b < 1.0 else "none", b, seed=args.seed, device=device)
-                    for b in budgets}
+        for b in budgets:
+            policy(b)
     except InputError as error:
         raise InputError(str(error).replace("budget ", "--budgets ", 1).replace("policy", "selector")) from None
     docs, asked, origins = {}, {}, {}
@@ -174,7 +175,7 @@ def fill(args, names):
     todo = [(name, b) for name in names for b in budgets if (name, b) not in done]
     for name, b in tqdm(todo, desc="tasks x budgets"):
         task, savings = TASKS[name], Savings(model.config)
-        mine = docs[name], asked[name], policies[b], args, savings
+        mine = docs[name], asked[name], policy(b), args, savings     # anew: chance starts at its seed for each row
         if task.kind == "answer":
             metrics, scores = generated_scores(model, tokenizer, task, *mine)
         else:

@@ -7,7 +7,6 @@ Gated models and random skipping are those of table5_ablations.py. Smaller model
 turn the hidden states least (shortgpt.py), tuned again; and models of fewer layers or less width, trained from
 scratch as the embedded one was, on as many problems, and then tuned as the dense one is.
 """
-import io
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ import testbed
 import train
 from branches import picture
 from data import encode_all, load_examples
-from disk import write
+from disk import write_figure
 from load_weights import load_model, load_tokenizer, read_json
 from savings import count_macs
 from sweep import interpolate
@@ -157,10 +156,7 @@ def plot(gated, smaller, path):
         axis.grid(alpha=0.3)
     figure.supylabel("exact answers, % (below: seeds in brackets)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    write(path, drawn.getvalue())
-    plt.close(figure)
+    write_figure(path, figure)
     return True
 
 

@@ -7,7 +7,6 @@ a gate at its optimum has  benefit := -P dCE/dg = 2 lambda c g  (L2),  or lambda
   held      the other gates keep their values, as in training with --gate-detach
   followed  later gates read what this one lets through, and follow; what they then pay more is taken off
 """
-import io
 import json
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 from branches import picture
 from data import answer_places, collate, load_examples
-from disk import write
+from disk import write, write_figure
 from gates import check_budget, sparsity_loss
 from load_weights import model_digest
 from opened import check_own, open_with_items, settings_of
@@ -100,8 +99,7 @@ def draw(rows, path):
                 axis.set(xscale="log", xlabel="2 λ c g, nats", ylabel="benefit, −P ∂CE/∂g, nats", title=r["title"])
                 axis.set_yscale("symlog", linthresh=0.1)
                 axis.legend(fontsize=7, framealpha=0.6)
-    figure.savefig(drawn := io.BytesIO(), dpi=110, format="png")
-    write(path, drawn.getvalue())
+    write_figure(path, figure)
 
 
 RECORDED = ("sparsity_weight", "sparsity_loss", "sparsity_cost")

@@ -83,11 +83,11 @@ trained wmt16 "${PRESET[@]}" --data "$DATA/wmt16.jsonl" $TRAIN
 # Tables 1, 2, 3 and 6: generated answers; Table 4: two more tasks of them
 LESS="0.95 0.9 0.85 0.8 0.75"
 evaluated generated "$OUT/traces" "generative mmlu_gen piqa_gen" "1.0 $LESS" --selector batch --max-new-tokens 1024
-evaluated generated-random "$OUT/traces" generative "$LESS" --selector random --max-new-tokens 1024
+evaluated generated-random "$TUNED" generative "$LESS" --selector random --max-new-tokens 1024
 evaluated generated-dense "$TUNED" "generative mmlu_gen piqa_gen" 1.0 --max-new-tokens 1024
-# Tables 1 and 2: log-likelihoods, five examples each
+# Tables 1 and 2: log-likelihoods, five examples each; random on the untuned model: no dense one is tuned on that text
 evaluated scored "$OUT/fineweb" loglikelihood "1.0 0.85 0.7 0.55 0.4" --selector batch --shots 5
-evaluated scored-random "$OUT/fineweb" loglikelihood "0.85 0.7 0.55 0.4" --selector random --shots 5
+evaluated scored-random "$MODEL" loglikelihood "0.85 0.7 0.55 0.4" --selector random --shots 5
 evaluated scored-dense "$MODEL" loglikelihood 1.0 --shots 5
 # Tables 11 and 12
 evaluated lambada "$OUT/fineweb" lambada "1.0 0.9 0.8 0.7" --selector batch

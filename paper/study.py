@@ -89,36 +89,44 @@ def study(file, rounds, one, jobs):
     """Make what the results file lacks: one(model, seed, threads) -> entry, or None for what is no result.
 
     rounds: lists of (model, seed), each begun when the one before is done; jobs at a time share torch's threads, each
-    in a process of its own. An error in one, or Ctrl-C: those that run end, and what they found is kept; none of those
-    that wait begins. InputError where another study works in WORK; OSError where results could not be kept."""
+    in a process of its own. A model that cannot be had, such as a training whose loss is not finite, is told and the
+    others go on; InputError in the end. Any other error in one, or Ctrl-C: those that run end, and what they found is
+    kept; none of those that wait begins. InputError where another study works in WORK, OSError where results could not
+    be kept."""
     known, threads = {(r["model"], r["seed"]) for r in entries(file)}, max(1, torch.get_num_threads() // jobs)
-    rounds = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds]
+    rounds, failed = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds], []
     check_writable(RESULTS)
     with only_one(WORK, "folder"), tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
-        def kept(done):
-            if entry := done.result():                           # or the error that ended it
-                keep(file, entry)
+        def kept(done, model, seed):
+            try:
+                if entry := done.result():                       # or the error that ended it
+                    keep(file, entry)
+            except InputError as error:
+                failed.append(f"{model!r}, seed {seed}: {error}")
+                tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
             bar.update()
 
         for runs in rounds:
             with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-                running = set()
+                running = {}
                 try:
                     while runs or running:
                         while runs and len(running) < jobs:      # no more: what a pool holds ready cannot be recalled
                             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})    # handed down: Ctrl-C waits
-                            running.add(pool.submit(_while_parent_lives, one, *runs.pop(0), threads))
+                            run = runs.pop(0)
+                            running[pool.submit(_while_parent_lives, one, *run, threads)] = run
                             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # till a child has imported
                         for done in wait(running, return_when=FIRST_COMPLETED).done:
-                            running.remove(done)
-                            kept(done)
+                            kept(done, *running.pop(done))
                 finally:
                     if running:                                  # an error, or a signal
                         tqdm.write(f"waiting for what still runs ({len(running)}): its result is kept",
                                    file=sys.stderr)
                     for done in wait(running).done:
                         if done.exception() is None:
-                            kept(done)
+                            kept(done, *running[done])
+    if failed:
+        raise InputError(f"{len(failed)} of the models could not be had ({failed[0]}); the others are kept")
 
 
 def folder_of(name, seed):

@@ -107,7 +107,7 @@ AS_PUBLISHED = {                                                 # the one-line 
         f"CALM, {name}, as their code": partial(by_threshold, partial(
             calm.open_calm, confidence=name, as_published_code=True), calm.thresholds) for name in calm.CONFIDENCES}),
     "Mixture-of-Depths, as their code": Method(
-        f"{mixture_of_depths.FLAGS} {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
+        f"{mixture_of_depths.FLAGS} --kv dense {FALLING}", partial(mixture_of_depths.training, as_published_code=True),
         {"Mixture-of-Depths, as their code": MODS}),
     "SkipLayer, as their code": Method(
         f"{skiplayer.FLAGS} {FALLING}", partial(skiplayer.training, as_published_code=True),

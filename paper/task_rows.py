@@ -57,7 +57,7 @@ SOURCES = {
         "test": ("lambada_test.jsonl",)}, "900124bf3b8235c6daf21033af9948b3f07346c4", ("text",)),
     "wikitext": Source("EleutherAI/wikitext_document_level", {
         s: f"wikitext-2-raw-v1/wikitext-2-raw-v1-{s}.parquet" for s in ("validation", "test")}, {
-        "validation": ("wikitext2_valid.txt", "wiki.valid.tokens"), "test": ("wikitext2_test.txt", "wiki.test.tokens")},
+        s: (f"wiki.{s[:5]}.raw", f"wiki.{s[:5]}.tokens", f"wikitext2_{s[:5]}.txt") for s in ("validation", "test")},
         "647234772b9554e208af6c826f23b99e3cac88c8", ("text",)),
     "gsm8k": Source("openai/gsm8k", parquet("main", "train", "test"), {
         "train": ("train.jsonl",), "test": ("test.jsonl",)},
@@ -110,7 +110,7 @@ def wrong_with(row):
 def read(path):
     """A file -> list of dicts, one per row. InputError for a format that is not known, and for what cannot be read."""
     name = path.name
-    if not name.endswith((".parquet", ".jsonl", ".csv", ".tsv", ".txt", ".txt.bz2", ".tokens")):
+    if not name.endswith((".parquet", ".jsonl", ".csv", ".tsv", ".txt", ".txt.bz2", ".tokens", ".raw")):
         raise InputError(f"{path}: its format is not known: parquet, jsonl, csv, tsv, txt and txt.bz2 are")
     where = path
     try:
@@ -144,7 +144,7 @@ def read(path):
             return [{"ctx": lines[i], "label": lines[i + 1], "endings": lines[i + 2:i + 6]}
                     for i in range(0, len(lines), 6)]
         pages = re.split(r"\n(?= = [^=].*[^=] = *\n)", f"\n{text}")            # each begins with " = Its title = "
-        return [{"text": page.strip()} for page in pages if page.strip()]
+        return [{"text": page} for page in pages if page.strip()]              # words are counted with its blanks
     except (OSError, EOFError, UnicodeDecodeError, ValueError, TypeError, RecursionError, csv.Error) as error:
         raise InputError(f"{where}: not readable in its format: {' '.join(str(error).split())[:160]}") from None
 
@@ -183,9 +183,10 @@ def as_on_the_hub(row, labels, number):
 def find_local(name, split, folder):
     """The file of a split in a folder, or None."""
     source = source_of(name)
-    parts = [Path(folder), Path(folder) / name.split("/")[0]] if folder else []
+    parts = [Path(folder) / name.split("/")[0], Path(folder)] if folder else []      # its own, where names say less
+    plain = f"{split}.parquet" * (not name.startswith("mmlu/") or name == "mmlu/all")
     tried = [part / file for part in parts
-             for file in (*source.files.get(split, ()), source.hub.get(split, ""), f"{split}.parquet") if file]
+             for file in (*source.files.get(split, ()), source.hub.get(split), plain) if file]
     return next((path for path in tried if path.is_file()), None)
 
 
@@ -207,6 +208,14 @@ def find(name, split, folder):
         raise InputError(f"{name}, split {split}: {here}the hub's {source.repo} cannot be had "
                          f"({' '.join(str(error).split())[:120]}): download it and give its folder by --data") from None
     return path, f"{source.repo}@{path.resolve().parts[-len(Path(source.hub[split]).parts) - 1]}"
+
+
+def unlike_the_hub(path):
+    """ "" or what a published file has otherwise than the hub's data set, which the harness asks."""
+    if path.name.endswith(".txt.bz2"):
+        return "second sentences of contexts are not capitalised, as the harness has them"
+    return "rare words are <unk>, and in the raw text that the harness reads they are not" * path.name.endswith(
+        (".txt", ".tokens"))
 
 
 def rows(name, split, folder=None):
@@ -231,5 +240,10 @@ def rows(name, split, folder=None):
             raise InputError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}")
         if wrong := wrong_with(row):
             raise InputError(f"{where}: {wrong}")
+        if subject and row.get("subject", name[5:]) != name[5:] != "all":
+            raise InputError(f"{where}: a question of {row['subject']!r:.40}, not of {name}")
         rows_found.append(subject | row)
+    if other := unlike_the_hub(path):
+        print(f"CAUTION: {path}: {other}", file=sys.stderr)
+        origin += f" ({other})"
     return rows_found, origin

@@ -265,6 +265,14 @@ def test_a_stopped_command_goes_on(base, tmp_path, monkeypatch):
     assert evaluate.main(argv) == 0 and len(calls) == 5 and len(stored(out)) == 4
 
 
+def test_chance_does_not_depend_on_the_tasks_before(base, tmp_path):
+    """Random rows of a stopped command, or of one task less, that no seed makes again."""
+    both, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    for out, tasks in ((both, ["lambada", "piqa"]), (alone, ["piqa"])):
+        evaluate.main(command(base, out, "--tasks", *tasks, "--budgets", "0.7", selector="random"))
+    assert stored(both)[1]["scores"] == stored(alone)[0]["scores"]
+
+
 @pytest.mark.parametrize("switches, flags, said", [
     (("--tasks", "piqa", "nothing"), {}, "--tasks nothing: not known"),
     (("--tasks", "piqa"), dict(shots=1), "train.jsonl, train.jsonl would do, and the hub's baber/piqa cannot be had"),

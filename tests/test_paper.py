@@ -127,6 +127,15 @@ def test_a_stopped_command_goes_on(models, tmp_path, monkeypatch):
     assert complaint(go, file) == f"--out {file} is no file of this program: give another --out"
 
 
+@pytest.mark.parametrize("loss", (float("nan"), float("inf"), 710.0))
+def test_a_loss_that_is_none(models, tmp_path, monkeypatch, loss):
+    """A traceback of exp(710), or a file that the same command then calls damaged."""
+    measured = answer_loss.evaluate
+    monkeypatch.setattr(answer_loss, "evaluate", lambda *args: (loss, *measured(*args)[1:]))
+    told = complaint(measure, tmp_path / "rows.json", model=models["dense"], reference=models["dense"])
+    assert f"dense, budget 1: its loss is {loss:.3g}" in told and not (tmp_path / "rows.json").exists()
+
+
 def test_two_commands_with_one_file(models, tmp_path, monkeypatch):
     """Rows of the one that are lost when the other writes; a lock of this file that holds up another file."""
     file, evaluate, said = tmp_path / "rows.json", answer_loss.evaluate, []

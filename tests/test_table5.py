@@ -204,6 +204,28 @@ def test_a_failure_costs_no_result_and_begins_nothing(small, monkeypatch):
     assert (small / "lasts").exists() and not (small / "waits").exists() and not (small / "later").exists()
 
 
+DIVERGES = """
+from console import InputError
+
+def one(name, seed, threads):
+    if name == "diverges":
+        raise InputError("the loss is nan")
+    return {"model": name, "seed": seed, "rows": []}
+"""
+
+
+def test_a_training_that_diverges_does_not_end_the_study(small, monkeypatch, capsys):
+    """One of a hundred that is in the way of all others for good, under a message that does not say which."""
+    (small / "one_that_diverges.py").write_text(DIVERGES)
+    monkeypatch.syspath_prepend(small)
+    from one_that_diverges import one
+    for _ in range(2):
+        told = complaint(lambda: study.study("table5.json", [[("diverges", 3), ("lasts", 1)], [("later", 1)]], one, 1))
+        assert "1 of the models could not be had ('diverges', seed 3: the loss is nan); the others are kept" in told
+        assert [r["model"] for r in study.entries("table5.json")] == ["lasts", "later"]
+    assert "failed: 'diverges', seed 3: the loss is nan" in capsys.readouterr().err
+
+
 def test_one_study_at_a_time(small):
     """Two that train into one folder, and remove it under each other."""
     with only_one(study.WORK):

@@ -170,7 +170,8 @@ def test_every_format(tmp_path):
                                            "answer": 3}]
     assert found["mmlu/anatomy dev"][0]["question"] == "q\nr" and found["mmlu/anatomy dev"][0]["answer"] == 3
     assert found["lambada test"][0]["text"] == "a\u2028b c"
-    assert [r["text"][:7] for r in found["wikitext test"]] == ["= One =", "= Two ="]
+    assert [r["text"] for r in found["wikitext test"]] == [" = One = \n \n a b \n = = Part = = \n c ",
+                                                           " = Two = \n \n d \n"]
     assert options("(A) one (two) (B) (B2) three") == (["A", "B"], ["one (two)", "(B2) three"])
 
 
@@ -183,6 +184,40 @@ def test_parquet(tmp_path):
     path.parent.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     assert rows("commonsense_qa", "validation", tmp_path) == ([row], str(path))
+
+
+def test_a_subject_is_its_own(tmp_path):
+    """One test.parquet of all subjects, asked 57 times, each time as another subject."""
+    import pyarrow
+    from pyarrow import parquet
+    row = {"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}
+    both = [row | {"subject": "anatomy"}, row | {"subject": "virology"}]
+    (tmp_path / "mmlu" / "anatomy").mkdir(parents=True)
+    for name in ("mmlu/test.parquet", "mmlu/anatomy/test-00000-of-00001.parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist(both), tmp_path / name)
+    assert task_rows.find_local("mmlu/virology", "test", tmp_path) is None
+    assert rows("mmlu/all", "test", tmp_path)[0] == both
+    assert "row 2: a question of 'virology', not of mmlu/anatomy" in complaint(rows, "mmlu/anatomy", "test", tmp_path)
+
+
+def test_the_folder_of_a_data_set_comes_first(tmp_path):
+    """GSM8K's train.jsonl beside the folders, taken for PIQA's."""
+    write(tmp_path / "train.jsonl", '{"question": "q", "answer": "a"}\n')
+    write(tmp_path / "piqa" / "train.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n')
+    assert rows("piqa", "train", tmp_path)[0][0]["goal"] == "g"
+    assert rows("gsm8k", "train", tmp_path)[0][0]["question"] == "q"
+
+
+def test_other_texts_than_the_hubs_are_told(tmp_path, capsys):
+    """Figures that nobody can compare, without a word; the raw text, which can be, refused or cut."""
+    for name in ("wiki.test.tokens", "wiki.test.raw"):
+        write(tmp_path / name, " \n = One = \n \n a b \n = Two = \n \n d \n")
+    raw, origin = rows("wikitext", "test", tmp_path)
+    assert origin.endswith("wiki.test.raw") and not capsys.readouterr().err
+    (tmp_path / "wiki.test.raw").unlink()
+    words, origin = rows("wikitext", "test", tmp_path)
+    assert words == raw and "rare words are <unk>" in origin and "CAUTION" in capsys.readouterr().err
+    assert [len(re.split(r"\s+", r["text"])) for r in raw] == [7, 6]              # an empty one at each end
 
 
 @pytest.mark.parametrize("name, content, said", [
