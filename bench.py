@@ -260,6 +260,8 @@ def main(argv=None):
     shape = "small" if args.quick else args.shape
     if args.model:
         model = load_model(args.model, device=device, dtype=dtype)
+        if args.peer and model.config.gate:
+            raise InputError(f"--peer {args.peer} knows no gates, and --model {args.model} has some: give one without")
     else:
         with torch.device(device):
             model = Model(BENCH_SHAPES[shape]).to(dtype).eval()
@@ -285,7 +287,7 @@ def main(argv=None):
             for work, tokens in (("prefill", ids(8, 512)), ("decode", ids(1, CONTEXT)), ("decode", ids(8, CONTEXT))):
                 once = MAKERS[work](models["none"], tokens, 0.0, "compact")
                 works.append((work, tokens.shape, lambda once=once: measure({0: once}, 1, device, work)[0][0]))
-            rows += bench_peer(args.model, works, STEPS, args.repeats, device, dtype)
+            rows += bench_peer(model.source, works, STEPS, args.repeats, device, dtype)
     finally:                                                     # ours stand where the peer fails
         if args.json:
             write(Path(args.json).resolve(), json.dumps(rows, indent=1))

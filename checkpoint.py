@@ -191,7 +191,8 @@ def _resume(out, settings):
                              f"file back, or: {way_out}")
     if different := [f"--{key.replace('_', '-')} {value} (was {was.get(key)})"
                      for key, value in now.items() if was.get(key) != value]:
-        raise InputError(f"--resume: {out} was started with other settings: {', '.join(different)}")
+        raise InputError(f"--resume: {out} was started with other settings: {', '.join(different)}: give "
+                         f"those; {way_out}")
     if int(folder.name[5:]) != step:
         raise InputError(f"--resume: {path} is of step {step}, not of {folder.name}: {way_out}")
     if sums and (changed := dict(sums.items() ^ checksums(folder).items())):     # older versions stored none

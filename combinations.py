@@ -39,8 +39,9 @@ def check_combinations(args, chosen):
         raise InputError(f"--distill-weight {args.distill_weight} without --teacher: there is nobody to learn from")
     if args.teacher and args.distill_weight is None:
         args.distill_weight = 0.5
-    if args.freeze_backbone and args.gate == "none":
-        raise InputError("--freeze-backbone with --gate none leaves nothing to train")
+    if chosen.freeze_backbone and args.gate == "none":
+        raise InputError("--freeze-backbone with --gate none leaves nothing to train: leave one of them out")
+    args.freeze_backbone &= args.gate != "none"                  # a preset's
     if args.compile and args.compute == "compact":
         raise InputError("--compile needs static shapes: use --compute masked")
     if args.dtype != "float32" and not args.freeze_backbone:

@@ -37,8 +37,8 @@ def pick_device(name=None, dtype="float32", tf32=False):
         raise InputError(f"--device {name}: torch sees no such GPU here; leave --device out")
     reason = "asked for" if name else "a GPU is here" if device.type == "cuda" else "no GPU here"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    exactly = "TF32 products" if tf32 else "no TF32" if device.type == "cuda" else "as on disk or cast to it"
-    print(f"device: {device} ({reason}); {dtype} ({exactly}); gates and scores in float32", file=sys.stderr)
+    exactly = "as on disk or cast to it" if device.type == "cpu" else "TF32 products" if tf32 else "no TF32"
+    print(f"device: {device} ({reason}); {dtype} ({exactly}); gates and scores in float32 or wider", file=sys.stderr)
     return device, getattr(torch, dtype)
 
 

@@ -75,7 +75,8 @@ def check_file(path):
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        why = f"{temporary} is in the way" if isinstance(error, FileExistsError) else error.strerror
+        why = {FileExistsError: f"{temporary} is in the way",
+               FileNotFoundError: f"there is no folder {Path(path).parent}"}.get(type(error), error.strerror)
         raise InputError(f"{path} cannot be written ({why}): give another file") from None
 
 

@@ -7,7 +7,7 @@ from console import InputError
 import torch
 
 from data import load_examples
-from load_weights import find_folder
+from load_weights import check_gates, find_folder
 from model import Model
 from read_config import config_from_hf, read_json
 from savings import SHAPES, memory_table
@@ -16,7 +16,7 @@ from savings import SHAPES, memory_table
 def config_of(source, models):
     """The ModelConfig of a config.json, a folder or a preset's model (models: {its id: preset}), not of the hub."""
     path, shapes = Path(source), {hub: SHAPES[name] for hub, name in models.items() if name in SHAPES}
-    if path.is_dir():
+    if path.is_dir() or (Path(__file__).resolve().parent / path).is_dir():        # which says where it is
         path = find_folder(source) / "config.json"
     elif not path.exists() and path.suffix != ".json":
         if source in shapes:
@@ -33,7 +33,8 @@ def dry_run(args, gate, models):
         raise InputError(f"--teacher {args.teacher}: a vocabulary of {teacher.vocab_size} against {config.vocab_size}")
     if not 2 <= args.seq_len <= config.max_position_embeddings:
         raise InputError(f"--seq-len {args.seq_len} does not fit {config.max_position_embeddings} positions")
-    config.gate = gate or config.gate
+    check_gates(config.gate, gate, source)
+    config.gate = gate
     examples = load_examples(args.data, "train", None if args.data != "arithmetic" else 1000, args.seed)
     tokens = args.batch_size * args.seq_len
     print(f"{source}: {config.num_hidden_layers} layers of width {config.hidden_size}, gate {gate or 'none'}")

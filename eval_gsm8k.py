@@ -25,7 +25,7 @@ from gates import check_budget
 from generate import generate
 from load_weights import check_fit, find_folder, load_model, load_tokenizer, model_digest
 from savings import Savings
-from sweep import TARGETS, add_row, check_compared, data_digest, open_sweep, rows_of, wilson
+from sweep import OWN, TARGETS, add_row, check_compared, data_digest, joined, open_sweep, rows_of, wilson
 from thresholds import make_policy
 from tokens import decode
 
@@ -99,7 +99,7 @@ def plot(rows, path):
 
 def show_branches(rows, path):
     """What each branch got in the rows of the model itself, by budget; rows of an earlier version do not say."""
-    mine = sorted((r for r in rows if r["row"] in ("GateSkip", "model")), key=lambda r: -r["budget"])
+    mine = sorted((r for r in rows if r["row"] in OWN), key=lambda r: -r["budget"])
     if lack := [f"{r['row']} {r['budget']:g}" for r in mine if not r.get("branches")]:
         print(f"\nno shares per branch in rows of an earlier version: {', '.join(lack)} (--overwrite measures anew)")
     if kept := {r["budget"]: r["branches"] for r in mine if r.get("branches")}:
@@ -120,7 +120,7 @@ def parse_args(argv):
     add("--batch-size", type=whole(1), default=100, help="problems that are generated together")
     add("--max-new-tokens", type=whole(1), default=96, help="of each answer")
     add("--compare", nargs="+", default=[], metavar="FILE",
-        help="eval.json of other runs, whose GateSkip rows join the picture")
+        help="eval.json of other runs, whose own rows join the picture")
     add("--out", help="folder for eval.json and eval.png; default: the --model folder if it is local (of a step: its "
         "run's), else runs/eval")
     add("--overwrite", action="store_true", help="measure every row anew, in place of what eval.json holds")
@@ -162,7 +162,7 @@ def made_with(args, plan, problems, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    others = [row for file in args.compare for row in rows_of(file)]
+    others = [(*rows_of(file), Path(file).parent) for file in args.compare]
     examples = load_examples(args.data, "test", args.limit)
     if isinstance(examples[0], str):
         raise InputError(f"--data {args.data} is plain text: accuracy needs questions with answers")
@@ -229,9 +229,8 @@ def evaluate(args, examples, out, others):
             print(f"{name:20}   " + "".join("      -" if v is None else f"{v:>7.1%}" for v in values))
     if args.show_branches is not None:
         show_branches(rows, args.show_branches)
-    if others:                                                   # say whose rows are whose
-        rows = [{**r, "row": f"GateSkip, {Path(args.model).name}"} if r["row"] == "GateSkip" else r for r in rows]
-    drawn, left = plot(rows + others, out / "eval.png"), len(sweep["missing"])
+    rows = joined([(rows, args.model, out), *others]) if others else rows
+    drawn, left = plot(rows, out / "eval.png"), len(sweep["missing"])
     print(f"\nwritten: {file}" + f", {out / 'eval.png'}" * bool(drawn)
           + f"; rows that an earlier command lacks still: {left}" * bool(left))
     return 0

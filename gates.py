@@ -57,6 +57,12 @@ class GateConfig:
         if not 0 <= self.rank <= 65536:
             raise InputError(f"gate rank {self.rank} is not between 0 (the default rank) and 65536")
 
+    def flags(self):
+        """What asks train.py for such a gate."""
+        changed = {name: value for name, value in vars(self).items() if value != getattr(GateConfig, name)}
+        return " ".join([f"--gate {self.form}", *(f"--gate-{name}" + f" {value}" * (value is not True)
+                                                  for name, value in changed.items() if name != "form")])
+
     def widths(self, hidden):
         """(inner width or 0, output width) of the gate on a model of width hidden."""
         out = hidden if self.form == "vector" else 1

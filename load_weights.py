@@ -199,9 +199,8 @@ def new_model(config_file, gate=None, device="cpu", dtype=torch.float32):
 def _meta_model(config_file, raw, gate):
     """A Model without storage, and beside it what saving will need: source, raw_config, side_files."""
     config, folder = config_from_hf(raw, config_file), config_file.parent
-    if gate is not None and config.gate not in (None, gate):
-        raise InputError(f"{folder} already has gates, of another kind ({config.gate}): "
-                         f"leave the gate flags out, or start from the ungated model")
+    if gate is not None:
+        check_gates(config.gate, gate, folder)
     config.gate = config.gate or gate
     generation = folder / "generation_config.json"               # knows better than config.json when to stop
     if generation.is_file():
@@ -211,6 +210,13 @@ def _meta_model(config_file, raw, gate):
     model.source, model.raw_config = folder, raw
     model.side_files = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
     return model
+
+
+def check_gates(known, gate, source):
+    """InputError if a model has gates, a GateConfig, and others are asked for, or none."""
+    if known not in (None, gate):
+        raise InputError(f"{source} has gates already: {known.flags()} goes on with them, other gates start from the "
+                         "model without any")
 
 
 def _assign(model, key, tensor, dtype, device):
@@ -235,10 +241,14 @@ def check_fit(model, tokenizer):
 
 @_newest
 def load_tokenizer(folder):
-    """The tokenizers.Tokenizer of a folder, a run's --out or a hub id. It never truncates and never pads."""
-    path = folder / "tokenizer.json"
+    """The tokenizers.Tokenizer of a folder, a run's --out or a hub id."""
+    return read_tokenizer(folder / "tokenizer.json")
+
+
+def read_tokenizer(path):
+    """A tokenizers.Tokenizer of a file. It never truncates and never pads."""
     if not path.is_file():
-        raise InputError(f"{folder} has no tokenizer.json")
+        raise InputError(f"{path.parent} has no tokenizer.json")
     with blame(path, "is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
     tokenizer.path = path                                        # for what tokens.py has to say

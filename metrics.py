@@ -39,7 +39,7 @@ def plot_metrics(out, name="metrics.png"):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     dots, line = dict(linewidth=0, marker=".", markersize=3), dict(linewidth=1)
     for axis, keys, title, style in zip(axes, (("loss", "cross-entropy"), ("gate_mean",), ("budget", "kept")),
-                                        ("loss", "mean gate", "share of (token, branch) pairs"), (line, line, dots)):
+                                        ("loss", "mean gate", "budget, and share of pairs kept"), (line, line, dots)):
         for key in keys:
             axis.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r],
                       label=key.replace("_", " "), **style)

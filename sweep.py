@@ -60,34 +60,48 @@ PARTS = ("skipped", "skipped_per_call", "macs_saved")            # of "prompt" a
 
 
 def read_rows(file, numbers=NUMBERS):
-    """(all of an eval.json, its rows with these keys as float, name of its model). ValueError if it is none of ours."""
+    """(all of an eval.json, its rows with these keys as float, path of its model). ValueError if it is none of ours."""
     try:
         stored, floats = read_json(file), lambda r, keys: {key: r[key] + 0.0 for key in keys}    # TypeError for "0.9"
         rows = [{"row": r["row"], **floats(r, numbers), **{part: floats(r[part], PARTS) for part in ("prompt", "answer")
                                                            if r.get(part)}} for r in stored["rows"]]
         json.dumps(rows, allow_nan=False)                        # ValueError
         shares = [r["branches"] for r in stored["rows"] if "branches" in r]
-        sizes = {len(part) for parts in shares for part in (parts["prompt"], *parts.values())}
+        sizes = {(r["row"], len(part)) for r in stored["rows"] if "branches" in r       # --dense may be a deeper model
+                 for part in (r["branches"]["prompt"], *r["branches"].values())}
         shares = [x for parts in shares for part in parts.values() for x in part]
         if (all(r["n"] >= 1 and 0 <= r["accuracy"] <= 1 and isinstance(r["row"], str) for r in rows)
-                and len(sizes - {0}) == len(sizes) <= 1 and all(0 <= share <= 1 for share in shares)
+                and len(dict(sizes)) == len(sizes) and all(dict(sizes).values()) and all(0 <= x <= 1 for x in shares)
                 and isinstance(stored.get("made_with", {}), dict)):
-            return stored, rows, Path(stored["settings"]["model"]).name
+            return stored, rows, Path(stored["settings"]["model"])
     except (AttributeError, KeyError, TypeError, OverflowError):
         pass
     raise ValueError
 
 
+OWN = ("GateSkip", "model")                                      # rows of the --model itself, with gates and without
+
+
 def rows_of(file):
-    """The GateSkip rows of an eval.json that this program wrote, named after its run. InputError if it is none."""
+    """(the rows of an eval.json's own model, the path of that). InputError if this program did not write it."""
     try:
-        stored, rows, name = read_rows(file)
+        stored, rows, model = read_rows(file)
     except (OSError, ValueError):
         raise InputError(f"--compare {file} is no eval.json of this program: give one from another run's "
                          "--out") from None
     if not stored.get("complete", True):
         print(f"--compare {file} is of a sweep that was not finished", file=sys.stderr)
-    return [{**r, "row": f"GateSkip, {name}"} for r in rows if r["row"] == "GateSkip"]
+    return [r for r in rows if r["row"] in OWN], model
+
+
+def joined(sweeps):
+    """Rows of one picture. sweeps: [(rows, path of their model, folder of their eval.json)]; their own rows are named
+    after the model, with as much of its path as tells them apart, or of the folder's, if one model is there twice."""
+    _, *places = zip(*sweeps)
+    ends = (["/".join(Path(path).absolute().parts[-n:]) for path in paths] for paths in places for n in range(1, 99))
+    names = next((names for names in ends if len(set(names)) == len(names)), range(len(sweeps)))
+    return [{**r, "row": f"{r['row']}, {name}"} if r["row"] in OWN else r
+            for (rows, *_), name in zip(sweeps, names) for r in rows]
 
 
 def check_compared(file, made_with):

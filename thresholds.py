@@ -156,9 +156,9 @@ def thresholds_at(table, budget):
     known = sorted((float(key), values) for key, values in table.items())
     budget = check_budget(budget)
     if budget < known[0][0] - 1e-9:
-        raise InputError(f"budget {budget} is below the smallest calibrated one, {known[0][0]}: "
-                         f"the training command with --resume --calibrate {budget} measures it; below its --budget-end "
-                         "train anew")
+        again = " ".join(str(b) for b, _ in [*known[-2::-1], (budget, None)])    # --calibrate replaces all of them
+        raise InputError(f"budget {budget} is below the smallest calibrated one, {known[0][0]}: the training command "
+                         f"with --resume --calibrate {again} measures it; below its --budget-end train anew")
     for (b0, tau0), (b1, tau1) in zip(known, known[1:]):
         if budget <= b1 + 1e-9:
             w = min(max((budget - b0) / (b1 - b0), 0.0), 1.0)
@@ -192,7 +192,7 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
                              "the batch policy does not")
         if (skip, kv) != (stored["skip"], stored["kv"]):
             raise InputError(f"the thresholds were calibrated with --skip {stored['skip']} --kv {stored['kv']}, not "
-                             f"--skip {skip} --kv {kv}: other settings need a calibration of their own")
+                             f"--skip {skip} --kv {kv}: leave these out, or take the batch policy")
     thresholds = None
     if kind == "frozen":
         thresholds = spread(thresholds_at(stored["thresholds"], budget), 2 * config.num_hidden_layers)

@@ -29,7 +29,8 @@ from distill import kl_divergence, open_teacher
 from dry_run import dry_run
 from gates import (ARCHS, FORMS, GATE_INPUTS, GRANULARITIES, KV_OF_SKIPPED, PLACEMENTS, SPARSITY_LOSSES, GateConfig,
                    SkipPolicy, budget_at, check_budget, skippable_share, sparsity_loss)
-from load_weights import check_fit, find_folder, load_model, load_tokenizer, model_digest, new_model
+from load_weights import (check_fit, check_gates, find_folder, load_model, load_tokenizer, model_digest, new_model,
+                          read_tokenizer)
 from metrics import add_line, plot_metrics
 from read_data import digest
 from price import RunningQuantile
@@ -234,13 +235,11 @@ def open_model(args, gate, device, dtype):
         model, tokenizer = load_model(args.out, device=device, dtype=dtype), load_tokenizer(args.out)
     elif args.init_config:
         model = new_model(args.init_config, gate, device, dtype)
-        tokenizer = load_tokenizer(Path(args.init_config).parent)
+        tokenizer = read_tokenizer(Path(args.init_config).with_name("tokenizer.json"))
     else:
         model, tokenizer = load_model(args.model, gate, device, dtype), load_tokenizer(args.model)
     config = model.config
-    if config.gate != gate:
-        raise InputError(f"--gate none, but {model.source} has gates: start from the model without them, or leave "
-                         "--gate out")
+    check_gates(config.gate, gate, model.source)
     check_fit(model, tokenizer)
     if not config.eos_ids:
         raise InputError("config.json and generation_config.json name no eos_token_id: training needs a token that "
@@ -283,11 +282,11 @@ def parse_args(argv):
     add("--init-config", metavar="FILE", help="start from scratch: this config.json (and the tokenizer.json beside it)")
     add("--data", help="arithmetic, or a .jsonl, .parquet or .txt file")
     add("--eval-data", help="file for the table at the end; default: problems held out from --data")
-    add("--eval-limit", type=whole(1), default=200, help="problems in that table")
+    add("--eval-limit", type=whole(1), default=200, help=f"problems in that table, {HELD_OUT} at most of --data's own")
     add("--calibration-sequences", type=whole(1), default=HELD_OUT,
         help=f"how many to calibrate on, of the {HELD_OUT} held out (a text's windows may be more)")
     add("--calibrate", type=check_budget, nargs="+", metavar="BUDGET",
-        help="budgets to calibrate at the end; default: 0.95, 0.9, ... as far down as training went")
+        help="budgets to calibrate at the end, all of them anew; default: 0.95, 0.9, ... down to --budget-end")
     add("--out", default="runs/demo", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=whole(1), default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")

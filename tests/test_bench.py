@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import bench
-from conftest import build, llama, same, tokens
+import disk
+from conftest import build, complaint, llama, same, tokens
 from console import InputError
 from gates import GateConfig
+from load_weights import load_model, save_model
 from rows import KVCache
 from savings import count_macs, counts_table
 
@@ -139,7 +141,7 @@ def test_a_file_of_another_is_kept(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=why):
             bench.main(argv)
     png.write_bytes(b"old")
-    monkeypatch.setattr(bench, "write", lambda path, content: 1 / 0)
+    monkeypatch.setattr(disk, "write", lambda path, content: 1 / 0)
     row = dict(work="prefill", batch=1, skipped=0.0, gate="scalar", ratio=1.0, ideal=1.0, peer=None)
     with pytest.raises(ZeroDivisionError):
         bench.plot([{**row, "compute": compute} for compute in ("compact", "masked")], png)
@@ -199,8 +201,17 @@ def test_the_peer_is_asked_for_the_same_work(tmp_path, monkeypatch):
     argv = ["--peer", "transformers", "--model", str(folder), "--repeats", "2", "--device", "cpu"]
     assert bench.main([*argv, "--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")]) == 0
     works = [("prefill", (8, 512)), ("decode", (1, 6)), ("decode", (8, 6))]
-    assert asked == [(str(folder), 3, 2, works, "cpu", torch.float32)]
+    assert asked == [(folder, 3, 2, works, "cpu", torch.float32)]
     assert json.loads((tmp_path / "b.json").read_text()) == [{"work": "load", "peer": "from_pretrained"}]
+
+
+def test_a_peer_for_a_gated_model_is_refused_first(tmp_path, monkeypatch):
+    """Minutes of timing before transformers says that it knows no such model."""
+    save_model(load_model(ROOT / "tests/golden/llama_rope3", GateConfig("scalar")), tmp_path / "gated")
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench, "bench", None)                    # no work begins
+    assert "knows no gates, and --model" in complaint(bench.main, [
+        "--peer", "transformers", "--model", str(tmp_path / "gated"), "--png", str(tmp_path / "b.png")])
 
 
 def test_a_failing_peer_costs_no_row_of_ours(tmp_path, monkeypatch):

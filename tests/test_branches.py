@@ -175,7 +175,7 @@ def test_a_picture_that_could_not_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "d.png").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "kept.png.tmp").touch()                          # the user's own
-    for name, why in (("none/b.png", "cannot be written (No such file"), ("file/b.png", "written (Not a directory"),
+    for name, why in (("none/b.png", "written (there is no folder"), ("file/b.png", "written (Not a directory"),
                       ("d.png", "cannot be written (it is a folder)"), ("a" * 252 + ".png", "(File name too long)"),
                       ("model.safetensors", "must end in .png"), ("file", "must end in .png"),
                       ("eval.png", "(a run's curves have that name)"), ("metrics.png", "curves have that name"),
@@ -196,7 +196,7 @@ def test_commands_refuse_it_before_the_work(tmp_path, monkeypatch, command, flag
     monkeypatch.setattr(command, "load_model", None)             # nothing is loaded
     monkeypatch.chdir(tmp_path)
     said = complaint(command.main, words(model="m", show_branches="none/b.png", **flags))
-    assert said.startswith("--show-branches: none/b.png cannot be written (No such file or directory): give another")
+    assert said.startswith("--show-branches: none/b.png cannot be written (there is no folder none): give another")
     assert not list(tmp_path.iterdir())
 
 

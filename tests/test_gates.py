@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from conftest import MAY_SKIP, Synchronisations, distinct, everyone, on_devices, padding, same
 from console import InputError
 from gates import (GRANULARITIES, Gate, GateConfig, SkipPolicy, budget_at, check_budget, keep_highest, may_skip,
@@ -36,6 +37,18 @@ def test_gate_shapes_and_parameters(form, arch, shape):
     same(scores, g.mean(-1), 1e-7)
     weights = {"linear": 32 * shape[-1], "mlp": 64 * (32 + shape[-1]), "lowrank": 2 * (32 + 32)}[arch]   # rank 32 / 16
     assert config.macs(32) == weights == sum(p.numel() for p in gate.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("flags, config", [
+    ("--gate vector", GateConfig()), ("--gate scalar --gate-shared --gate-detach", GateConfig(
+        "scalar", shared=True, detach=True)), ("--gate vector --gate-arch lowrank --gate-rank 3 --gate-input residual "
+                                               "--gate-placement before", GateConfig(
+        arch="lowrank", rank=3, input="residual", placement="before"))])
+def test_flags_that_ask_for_it(flags, config):
+    """A way out that leads to another gate."""
+    args = vars(train.parse_args([*flags.split(), "--data", "arithmetic"]))
+    made = {name: args["gate" if name == "form" else f"gate_{name}"] for name in vars(config)}
+    assert config.flags() == flags and GateConfig(**made) == config
 
 
 def test_low_rank_defaults():

@@ -242,8 +242,7 @@ def test_a_checkpoints_own_gates_stay(tmp_path):
         assert all(torch.equal(p, saved.get_parameter(key)) for key, p in model.named_parameters())
         assert model.config.gate == GateConfig("scalar")
     text = complaint(load_model, tmp_path, gate=GateConfig("vector"))
-    assert str(tmp_path) in text and "already has gates" in text and "form='scalar'" in text
-    assert "leave the gate flags out" in text
+    assert text.startswith(f"{tmp_path} has gates already: --gate scalar goes on with them, other gates start from")
 
 
 def test_gates_without_gateskip_in_config_are_not_thrown_away(tmp_path):

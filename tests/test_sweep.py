@@ -1,6 +1,7 @@
 """Tests of sweep.py: rows that are kept, reused and told apart, intervals, and interpolation."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ import sweep
 from console import InputError
 from load_weights import model_digest, save_model
 from problems import Example, arithmetic
-from sweep import TARGETS, add_row, check_compared, data_digest, interpolate, open_sweep, rows_of, wilson
+from sweep import TARGETS, add_row, check_compared, data_digest, interpolate, joined, open_sweep, rows_of, wilson
 from toy_runs import toy
 
 MADE = {"model": "aa", "dense": None, "data": "dd", "problems": 200, "policy": "frozen", "seed": 0}
@@ -218,7 +219,8 @@ def test_rows_for_a_comparison(tmp_path, capsys):
     """Files of earlier versions that --compare no longer reads; half a sweep compared with a whole one in silence."""
     file = tmp_path / "eval.json"
     file.write_text(json.dumps(OLD))
-    assert rows_of(file) == [{"row": "GateSkip, x", "skipped": 0.1, "macs_saved": 0.05, "accuracy": 0.4, "n": 5.0}]
+    assert rows_of(file) == ([{"row": "GateSkip", "skipped": 0.1, "macs_saved": 0.05, "accuracy": 0.4, "n": 5.0}],
+                             Path("runs/x"))
     assert capsys.readouterr().err == ""
     for content in FOREIGN:
         file.write_bytes(content.encode(errors="surrogateescape"))
@@ -227,9 +229,29 @@ def test_rows_for_a_comparison(tmp_path, capsys):
     with pytest.raises(InputError, match="gone.json is no eval.json"):
         rows_of(tmp_path / "gone.json")
     file.unlink()
-    stored(file, [row_of(), row_of("random ranks, gated")])
-    assert [r["row"] for r in rows_of(file)] == ["GateSkip, x"]
+    stored(file, [row_of(), row_of("random ranks, gated"), row_of("model", budget=1.0)])
+    assert [r["row"] for r in rows_of(file)[0]] == ["GateSkip", "model"]
     assert capsys.readouterr().err == f"--compare {file} is of a sweep that was not finished\n"
+
+
+@pytest.mark.parametrize("sweeps, names", [
+    ([("runs/a", "runs/a"), ("runs/b", "runs/b")], ["a", "b"]), ([("a/run", "o"), ("b/run", "o")], ["a/run", "b/run"]),
+    ([("a/x/step-1", "o"), ("b/x/step-1", "p")], ["a/x/step-1", "b/x/step-1"]), ([("a", "o"), ("a", "p")], ["o", "p"]),
+    ([("here/a", "o"), (".", "p")], ["a", Path().absolute().name]), ([("a", "o"), ("a", "o")], [0, 1])])
+def test_two_runs_are_two_curves(sweeps, names):
+    """Points of two runs of one name in one curve; a curve that is called nothing."""
+    rows = [r["row"] for r in joined([([row_of(), row_of("dense")], *sweep) for sweep in sweeps])]
+    assert rows == [x for name in names for x in (f"GateSkip, {name}", "dense")]
+
+
+def test_a_dense_model_of_another_depth(tmp_path):
+    """Rows that this program wrote and then calls damaged."""
+    file, shares = tmp_path / "eval.json", lambda layers: {"prompt": [1.0] * 2 * layers, "answer": [0.5] * 2 * layers}
+    stored(file, [row_of() | {"branches": shares(2)}, row_of("dense") | {"branches": shares(8)}])
+    assert len(open_sweep(file, {}, MADE, WANTED)["rows"]) == 2
+    stored(file, [row_of() | {"branches": shares(2)}, row_of(budget=0.7) | {"branches": shares(8)}])
+    with pytest.raises(InputError, match="is damaged"):
+        open_sweep(file, {}, MADE, WANTED)
 
 
 def test_what_an_old_file_was_measured_on_is_unknown(tmp_path, capsys):

@@ -330,11 +330,11 @@ def test_bfloat16_keeps_the_gates_in_float32(folder, tmp_path):
 def test_a_run_on_each_device(folder, tmp_path, device):
     """A tensor left behind on the CPU; a run from scratch, continued as a model of its own by a second run."""
     (tmp_path / "config").mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(folder / name, tmp_path / "config")
+    for name, here in (("config.json", "small.json"), ("tokenizer.json", "tokenizer.json")):
+        shutil.copy(folder / name, tmp_path / "config" / here)
     flags = FLAGS | dict(device=device, steps=2, grad_accum=2)
     scratch, gated = tmp_path / "scratch", tmp_path / "gated"
-    assert train.main(words(init_config=tmp_path / "config" / "config.json", gate="none", out=scratch, **flags)) == 0
+    assert train.main(words(init_config=tmp_path / "config" / "small.json", gate="none", out=scratch, **flags)) == 0
     assert train.main(words("--checkpoint-activations", model=scratch, out=gated, **flags)) == 0
     assert load_model(scratch).config.gate is None and load_model(gated).config.gate == GateConfig()
     assert metrics(gated)[0]["ce"] < metrics(scratch)[0]["ce"]
@@ -410,8 +410,10 @@ def test_combinations_that_make_no_sense(folder, unbroken, tmp_path):
     for switches, flags, complaint in (
             (["--freeze-backbone"], dict(gate="none"), "nothing to train"),
             (["--compile"], dict(compute="compact"), "static"), (["--resume", "--overwrite"], {}, "give one of them"),
-            ([], dict(gate="none", model=unbroken["linear"]), "has gates"),
-            (["--gate-shared"], dict(model=unbroken["linear"]), "of another kind")):
+            ([], dict(gate="none", model=unbroken["linear"]), "has gates already"),
+            (["--gate-shared"], dict(model=unbroken["linear"]), "has gates already"),
+            (["--gate-shared", "--dry-run"], dict(model=unbroken["linear"]), "has gates already"),
+            (["--dry-run"], dict(gate="none", model=unbroken["linear"]), "has gates already")):
         with pytest.raises(InputError, match=complaint):
             run(folder, tmp_path / "run", *switches, **flags)
     with pytest.raises(InputError, match="--data is missing"):
@@ -583,8 +585,8 @@ def test_dry_run_touches_neither_network_nor_out(folder, tmp_path, monkeypatch, 
     totals = {}
     for preset in train.PRESETS:
         for gate in ("vector", "none"):
-            frozen = dict(gate=gate) if preset != "llama-3.1-8b" else {}
-            assert train.main(words("--dry-run", "--overwrite", preset=preset, data="arithmetic", **frozen)) == 0
+            more = dict(gate=gate, dtype="float32")              # 8B: frozen in bfloat16, with gates
+            assert train.main(words("--dry-run", "--overwrite", preset=preset, data="arithmetic", **more)) == 0
             printed = capsys.readouterr().out
             assert "<- this run" in printed
             totals[preset, gate] = [float(line.split(" = ")[1].split()[0])
@@ -594,6 +596,9 @@ def test_dry_run_touches_neither_network_nor_out(folder, tmp_path, monkeypatch, 
     assert with_gates == pytest.approx([43.5, 31.1], abs=2)
     gates = 134_283_264 * 16 / 1e9                               # weights, gradients and Adam of the gates, and their
     assert with_gates[0] - without[0] == pytest.approx(gates + 16 * 4 * 2048 * 4096 * 4 / 1e9, abs=0.1)       # values
+    monkeypatch.setitem(train.PRESETS["tiny"], "model", "examples/tiny-llama")
+    with pytest.raises(InputError, match="does not exist here, but in .*: start there, or give"):
+        train.main(["--dry-run"])
     for asked in (["--model", "some/model"], ["--preset", "llama-3.2-1b", "--model", "some/model"]):
         with pytest.raises(InputError, match="does not ask the hub for some/model"):
             train.main([*asked, "--data", "arithmetic", "--dry-run"])
