@@ -71,8 +71,8 @@ def finish(model, args, sets, folder, quantile=None):
         budgets += sorted({b for b in asked if args.budget_end <= b < 1.0}, reverse=True)
         print(f"calibrating on {len(sets['calibration'])} held-out sequences that the model continues")
         sequences = [ids for ids, _ in sets["calibration"]]
-        share, skipped = measured_in(config)[1], lambda policy: realised(model, sets["calibration"], policy)
-        config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, skipped, quantile),
+        share, in_use = measured_in(config)[1], lambda policy: realised(model, sets["calibration"], policy)
+        config.gateskip.update(calibrate(model, sequences, budgets, args.skip, args.kv, in_use, quantile),
                                step=args.steps)
         save_config(model, folder)
         checked = {b: realised(model, sets["check"], make_policy(config, "frozen", b)) for b in budgets[1:]}

@@ -53,13 +53,13 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
         if is_mlp and c.gemma:
             norm_in, norm_out = block.pre_feedforward_layernorm, block.post_feedforward_layernorm
         elif is_mlp:
-            norm_in = block.post_attention_layernorm
+            norm_in = block.post_attention_layernorm                             # Llama's name of the MLP's
         x = [norm(h_i, norm_in, c) for h_i in h]                                 # S of (H,): what the module reads
         # S of (H,) or (1,), made from x; printed: from h (gate.config.input). Without gates 1, which is eq. 1
         g = [gate_of(gate, x_i, h_i) for x_i, h_i in zip(x, h)]                  # line 6, A2 line 4
-        ablated = gate is not None and gate.config.placement == "before"         # then the gate multiplies the input
-        x = [g_i * x_i for g_i, x_i in zip(g, x)] if ablated else x
-        if skip != "layer" or not is_mlp:                                        # a whole layer goes by its attention
+        before = gate is not None and gate.config.placement == "before"          # then the gate multiplies the input
+        x = [g_i * x_i for g_i, x_i in zip(g, x)] if before else x
+        if skip != "layer" or not is_mlp:                                        # else the MLP goes by its attention's
             g_bar = [g_i.detach().mean().item() for g_i in g]                    # line 7, A2 line 5: S floats
             tau = thresholds[branch] if thresholds else threshold(g_bar, budget)                 # line 8, A2 line 6
         if {"attn": is_mlp, "mlp": not is_mlp, "alternate": layer % 2 == 0}.get(skip):
@@ -67,7 +67,7 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
         for i in range(len(ids)):                                                # line 9, A2 line 7: for i in A
             skipped = g_bar[i] <= tau
             if not is_mlp and skipped and layer > 0 and kv == "copy_up":         # section 3.3: K and V are copied up
-                KV[layer].append(KV[layer - 1][len(KV[layer])])                  # from below; layer 0 has nothing there
+                KV[layer].append(KV[layer - 1][len(KV[layer])])                  # at i's position; layer 0: no below
             elif not is_mlp:                                                     # kv="dense": always, as printed
                 k, v = heads(block.self_attn.k_proj, x[i], c), heads(block.self_attn.v_proj, x[i], c)
                 KV[layer].append(([rotate(k_head, len(KV[layer]), c) for k_head in k], v))
@@ -77,7 +77,7 @@ def forward(model, ids, budget=1.0, thresholds=None, skip="all", kv="copy_up", e
                 # line 5, A2 line 3: o (H,), printed above the gate; only those who pass need it
                 o = mlp_of(block.mlp, x[i], c) if is_mlp else attention_of(block.self_attn, x[i], KV[layer], layer, c)
                 o = norm(o, norm_out, c) if c.gemma else o
-                h[i] = h[i] + (o if ablated else g[i] * o)                       # line 13, A2 line 11: eq. 2
+                h[i] = h[i] + (o if before else g[i] * o)                        # line 13, A2 line 11: eq. 2
             # line 14, A2 line 12: end if
         # line 15, A2 line 13: end for
         all_g, keep = all_g + [g], keep + [[score > tau for score in g_bar]]

@@ -103,8 +103,8 @@ def collate(items):
 
 
 def answer_places(input_ids, loss_mask):
-    """Where the answer's tokens are predicted: flat places b * S + s (N,), and the ids that follow there (N,)."""
-    places = loss_mask[:, 1:].nonzero()                          # (N, 2): token s+1 is to be predicted at s
+    """Where the answer's tokens are predicted: flat places b * S + s (A,), and the ids that follow there (A,)."""
+    places = loss_mask[:, 1:].nonzero()                          # (A, 2): token s+1 is to be predicted at s
     return places[:, 0] * input_ids.shape[1] + places[:, 1], input_ids[:, 1:][loss_mask[:, 1:]]
 
 

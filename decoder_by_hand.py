@@ -45,7 +45,7 @@ def rotate(x, position, c):
 
 
 def attention_of(module, x, KV, layer, c):
-    """o (H,) of the newest token, over the keys and values of all so far: itself and skipped ones among them."""
+    """o (H,) of the newest token, over KV, this layer's keys and values of all so far: itself and skipped ones too."""
     scale, window, outs = c.attn_scale or c.head_dim ** -0.5, c.windows[layer] if c.windows else None, []
     seen = KV if window is None else KV[-window:]                                # (keys, values) of each position
     for n, q in enumerate(heads(module.q_proj, x, c)):

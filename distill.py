@@ -18,8 +18,8 @@ def open_teacher(source, model, tokenizer, seq_len):
 
     InputError unless it has the same tokenizer: the same token ids must mean the same text."""
     if _rules(load_tokenizer(source)) != _rules(tokenizer):
-        raise InputError(f"--teacher {source}: its tokenizer is not the model's: both must cut text into the "
-                         "same ids")
+        raise InputError(f"--teacher {source}: its tokenizer is not the model's: both must make the "
+                         "same ids of a text")
     weight = model.model["embed_tokens"].weight
     teacher = load_model(source, device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
     if teacher.config.vocab_size != model.config.vocab_size:
@@ -32,14 +32,14 @@ def open_teacher(source, model, tokenizer, seq_len):
 
 
 def _rules(tokenizer):
-    """All of a tokenizer but how it would cut and pad, which this project leaves alone."""
+    """All of a tokenizer but how it would truncate and pad, which this project leaves alone."""
     return {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in ("truncation", "padding")}
 
 
 def kl_divergence(teacher, logits, input_ids, valid, places):
-    """KL(teacher || model), summed over the places. logits (N, V) of the model there; a float32 scalar tensor.
+    """KL(teacher || model), summed over the places. logits (A, V) of the model there; a float32 scalar tensor.
 
-    input_ids, valid (B, S) (or None) and places (N,): as the model was called. The teacher runs every branch."""
+    input_ids, valid (B, S) (or None) and places (A,): as the model was called. The teacher runs every branch."""
     with torch.no_grad():
-        target, _ = teacher(input_ids, valid=valid, compute="compact", places=places)            # (N, V)
+        target, _ = teacher(input_ids, valid=valid, compute="compact", places=places)            # (A, V)
     return F.kl_div(logits.float().log_softmax(-1), target.float().log_softmax(-1), log_target=True, reduction="sum")

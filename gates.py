@@ -174,9 +174,9 @@ KV_OF_SKIPPED = ("copy_up", "dense")
 
 
 def may_skip(skip, branch):
-    """Whether tokens are asked at this branch if they may skip it. skip: one of GRANULARITIES; branch: 0 ... 2L-1.
+    """Whether it is decided at this branch who skips. skip: one of GRANULARITIES; branch: 0 ... 2L-1.
 
-    "layer" asks at attention only and "alternate" in layers 1, 3, 5, ..., so that layer 0 always runs.
+    "layer" decides at attention only and "alternate" in layers 1, 3, 5, ..., so that layer 0 always runs.
     """
     layer, is_mlp = divmod(branch, 2)
     return {"all": True, "attn": not is_mlp, "mlp": is_mlp == 1, "layer": not is_mlp, "alternate": layer % 2 == 1}[skip]
@@ -194,15 +194,15 @@ class SkipPolicy:
     kind    batch   quantile over all valid tokens of the call (the paper): depends on batch mates, looks ahead inside
                     a prompt, skips nothing when one sequence is left
             frozen  a fixed threshold per branch, or one for all (thresholds.py): causal, the same in any batch
-            random  the baseline: floor((1 - b) n + u) tokens at random, u ~ U[0, 1) per branch and call
-            topk    exactly ceil(b n) tokens with the highest scores (speed measurements)
+            random  the baseline: skips floor((1 - b) n + u) tokens, u ~ U[0, 1) per branch and call
+            topk    keeps exactly ceil(b n) tokens, the highest scores (speed measurements)
             given   recorded masks (tests)
             none    keeps all
     skip    granularity, one of GRANULARITIES
     kv      "copy_up": a skipped token's K and V are those of the layer below | "dense": they are computed all the same
     """
     kind: str = "none"
-    budget: float = 1.0
+    budget: float = 1.0                                          # at 1 nobody skips, whatever the thresholds say
     skip: str = "all"
     kv: str = "copy_up"
     thresholds: list = None                                      # frozen: one tau per branch

@@ -78,16 +78,16 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
         valid = torch.tensor([[False] * (longest - n) + [True] * n for n in lengths], device=device)  # (B, S)
     cache = KVCache(config, len(prompts), longest + max_new_tokens, device, model.model["embed_tokens"].weight.dtype)
     savings, tokens, calls = Savings(config), [[] for _ in prompts], []
-    active = list(range(len(prompts)))                           # line 1: A, the sequences that go on
+    active = list(range(len(prompts)))                           # A2 line 1: A, the sequences that go on
 
     for step in range(max_new_tokens):
-        # h_0 of line 1, and lines 2-13
+        # A2: h_0 of line 1, and lines 2-13
         logits, trace = model(ids, valid=valid, cache=cache, policy=policy, compute=compute, last=True)
         savings.add(trace, "answer" if step else "prompt")
         if on_pass is not None:
             on_pass(trace)
         calls.append((active, trace.valid, torch.stack(trace.keep).float().mean(0)))                  # (B, S)
-        ids, valid = sampling.draw(logits)[:, None], None        # line 16: (B, 1)
+        ids, valid = sampling.draw(logits)[:, None], None        # A2 line 16: (B, 1)
         new = ids[:, 0].tolist()                                 # a host synchronisation; compact has one a branch too
         for i, token in zip(active, new):
             tokens[i].append(token)
@@ -96,7 +96,7 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
         going = [row for row, token in enumerate(new) if token not in eos_ids]
         if not going:
             break
-        # line 14, once a step: printed before line 15, inside the loop over layers, it could mean nothing
+        # A2 line 14, once a step: printed before line 15, inside the loop over layers, where no token is out yet
         if len(going) < len(active):
             rows = torch.tensor(going, device=device)
             cache.select(rows)

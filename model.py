@@ -4,7 +4,8 @@ Read from top to bottom: config, norm, rotary positions, attention, MLP, the gat
 model. Parameter names are Hugging Face's. Which rows run, and where K and V lie, is in rows.py.
 
 Shapes: B batch, S sequence (the tokens of this call), T key positions, H hidden, L layers, V vocabulary, Hq / Hkv
-query / key-value heads, D head dim, N rows that run if they are gathered, M the most of them in one sequence.
+query / key-value heads, D head dim, N rows that run if they are gathered, M the most of them in one sequence, A
+places of answer tokens.
 """
 from dataclasses import dataclass, field
 
@@ -110,14 +111,15 @@ def attend(q, k, v, mask, is_causal, scale, softcap):
 
 
 def attend_alone(sequences, q, k, v, mask, is_causal, scale, softcap):
-    """attend for one query each of some sequences, (B, Hq, 1, D) -> (N, Hq, D): only these sequences' keys are read."""
+    """attend for one query each of some sequences, (B, Hq, 1, D) -> (N, Hq, D): only these sequences' keys are read.
+    A mask has all B sequences."""
     one = lambda x, b: x if x is None else x[b:b + 1]
     return torch.cat([attend(one(q, b), one(k, b), one(v, b), one(mask, b), is_causal, scale, softcap)
                       for b in sequences])[:, :, 0]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. Tokens that skip it leave their K and V to the layer below (copy-up)."""
+    """Grouped-query attention. Tokens that skip it take over the K and V of the layer below (copy_up)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -205,7 +207,7 @@ class Block(nn.Module):
         return (self.input_layernorm, self.self_attn, None), (self.post_attention_layernorm, self.mlp, None)
 
     def forward(self, h, below, gates, call):
-        """h (B, S, H), below: (K, V) of the layer below or None, gates: attention's and the MLP's, or None twice
+        """h (B, S, H), below: (K, V) of the layer below or None, gates: the Gates of attention and MLP, or None twice
         -> h, this layer's (K, V), [gate values] * 2, [scores] * 2"""
         kv, all_g, all_scores = None, [], []
         for branch, (norm, f, norm_after) in enumerate(self.branches(), 2 * self.layer):     # line 4
@@ -214,7 +216,7 @@ class Block(nn.Module):
                 g, scores = gate(h if gate.config.input == "residual" else x)    # (B, S, H or 1), (B, S): lines 6-7
                 if gate.config.placement == "before":
                     x = x * g.to(x.dtype)
-            if branch not in call.keep:                                          # not anew where a backward recomputes
+            if branch not in call.keep:                                          # else recomputed, or by one_pass
                 follows = call.policy.skip == "layer" and branch % 2             # whole layers are decided at attention
                 # line 8: SkipPolicy.keep in gates.py
                 call.keep[branch] = call.keep[branch - 1] if follows else call.policy.keep(branch, scores, call.valid)
@@ -231,7 +233,7 @@ class Block(nn.Module):
                 h = rows.add(h, o)                                               # lines 9-15, e.g. Masked.add
             all_g.append(g)
             all_scores.append(scores)
-        return h, kv, all_g, all_scores                                          # line 16
+        return h, kv, all_g, all_scores                                          # line 16: end for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ class Model(nn.Module):
         """From scratch: Gaussian with config.initializer_range, branch outputs scaled down by sqrt(2L), norms 1."""
         std = self.config.initializer_range
         for name, p in self.named_parameters():
-            if "_gate." in name:
+            if "_gate." in name:                                 # GateSkip's; mlp.gate_proj is none
                 continue
             if "norm" in name:
                 p.fill_(0.0 if self.config.gemma else 1.0)
@@ -313,17 +315,17 @@ class Model(nn.Module):
         if self.config.gemma:
             h = h * torch.tensor(self.config.hidden_size ** 0.5, dtype=h.dtype)
         call = start_call(input_ids.shape, h.device, positions, valid, cache, policy or SkipPolicy(), compact)
-        call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full row
+        call.cos, call.sin = self.rope_at(call.positions, call.span + 1, h)      # + 1: padding after a full sequence
         return h, call
 
     def forward(self, input_ids, positions=None, valid=None, cache=None, policy=None, compute="masked", last=False,
                 places=None, keep_gates=None, checkpoint_blocks=False):
         """One pass over the tokens of this call.
 
-        input_ids (B, S) int64. positions (B, S): default the row's cached length plus the running count of its valid
-        tokens. valid (B, S) bool: True = real token; None = all are. cache: KVCache, written and advanced. policy:
-        SkipPolicy, default keeps all. compute: "masked" (every row runs, the oracle) | "compact" (kept rows only).
-        last: logits of the last column only, (B, V). places (N,) int64: of the flat places b * S + s only, (N, V); it
+        input_ids (B, S) int64. positions (B, S): default the sequence's cached length plus the running count of its
+        valid tokens. valid (B, S) bool: True = real token; None = all are. cache: KVCache, written and advanced.
+        policy: default keeps all. compute: "masked" (every row runs, the oracle) | "compact" (kept rows only).
+        last: logits of the last column only, (B, V). places (A,) int64: of the flat places b * S + s only, (A, V); it
         goes before last.
         keep_gates: put the gate values into the trace (default: while training). checkpoint_blocks: recompute each
         block in the backward pass instead of storing its activations.
@@ -343,10 +345,10 @@ class Model(nn.Module):
             all_g, all_scores = all_g + g if keep_gates else all_g, all_scores + s
 
         if places is not None:
-            h = h.flatten(0, 1)[places]                                          # (N, H)
+            h = h.flatten(0, 1)[places]                                          # (A, H)
         elif last:
             h = h[:, -1]                                                         # (B, H)
-        logits = self.lm_head(self.model["norm"](h))                             # (B, S, V), (B, V) or (N, V)
+        logits = self.lm_head(self.model["norm"](h))                             # (B, S, V), (B, V) or (A, V)
         if self.config.final_softcap is not None:
             logits = self.config.final_softcap * torch.tanh(logits / self.config.final_softcap)
 

@@ -1,10 +1,10 @@
 """One threshold for the whole model (ours): a price, in place of the same budget for every branch.
 
-With the penalty lambda sum_b c_b g^2, c_b the branch's work over the mean branch's, a gate settles where -dCE/dg is
-2 lambda c_b g, on average over what looks the same to it: its value is what opening it further would gain, per unit of
-work, over 2 lambda. So the gates of all branches are in one currency, and at a given total of work one threshold, a
-price, loses least to first order: run a branch for a token if its gate exceeds it. (An L1 penalty has a constant
-derivative and yields no such scale.) paper/gate_value.py measures how far this holds.
+With the penalty lambda sum_b c_b g^2 / P, of P gates, c_b the branch's work over the mean branch's, a gate settles
+where -P dCE/dg is 2 lambda c_b g, on average over what looks the same to it: its value is what opening it further would
+gain, per unit of work, over 2 lambda / P. So the gates of all branches are in one currency, and at a given total of
+work one threshold, a price, loses least to first order: run a branch for a token if its gate exceeds it. (An L1 penalty
+has a constant derivative and yields no such scale.) paper/gate_value.py measures how far this holds.
 
 Shapes: L layers, N tokens of a step.
 """

@@ -14,8 +14,8 @@ import torch
 class Everyone:
     """Nobody skips: every row runs, and each step here is the identity."""
     none = False                    # no row passes: the branch need not run at all
-    gathered = False                # what take gives is fewer rows than there are, and their places
-    lone_queries = None             # (N,) the sequences that pass, where attention had better run one at a time
+    gathered = False                # take gives the rows that pass alone, (N, ...)
+    lone_queries = None             # or a list of N sequences whose one query had better run attention one at a time
 
     def take(self, x):
         """The rows that run: (B or 1, S, ...) -> the same, or by Kept (N, ...)."""
@@ -93,31 +93,31 @@ def rows_of(keep, compact):
 
 
 class KVCache:
-    """One preallocated (B, Hkv, S_max, D) pair per layer. A token's slot is its absolute position in its own row."""
+    """One preallocated (B, Hkv, S_max, D) pair per layer. A token's slot is its position in its own sequence."""
 
     def __init__(self, config, batch, max_length, device="cpu", dtype=torch.float32):
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)       # tokens cached per row
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)       # tokens cached per sequence
         self.used = 0                # host-side upper bound of lengths: how many slots attention has to look at
-        self.uniform = True          # every row holds exactly `used` tokens
+        self.uniform = True          # every sequence holds exactly `used` tokens
 
     def write(self, layer, k, v, slots):
-        """Store k, v (B, S, Hkv, D). slots: a slice that all rows share, or (row, column, slot) index tensors."""
+        """Store k, v (B, S, Hkv, D). slots: a slice that all sequences share, or index tensors (seq, column, slot)."""
         if isinstance(slots, slice):
             self.k[layer][:, :, slots] = k.transpose(1, 2)
             self.v[layer][:, :, slots] = v.transpose(1, 2)
         else:
-            row, column, slot = slots                                            # (tokens,) each
-            self.k[layer][row, :, slot] = k[row, column]                         # (tokens, Hkv, D)
-            self.v[layer][row, :, slot] = v[row, column]
+            seq, column, slot = slots                                            # (tokens,) each
+            self.k[layer][seq, :, slot] = k[seq, column]                         # (tokens, Hkv, D)
+            self.v[layer][seq, :, slot] = v[seq, column]
 
-    def select(self, rows):
-        """Go on with these rows only, a (B',) index tensor: finished sequences leave the computation."""
+    def select(self, sequences):
+        """Go on with these sequences only, a (B',) index tensor: finished ones leave the computation."""
         for layer, (k, v) in enumerate(zip(self.k, self.v)):     # one at a time: two whole caches may not fit
-            self.k[layer], self.v[layer] = k[rows], v[rows]
-        self.lengths = self.lengths[rows]
+            self.k[layer], self.v[layer] = k[sequences], v[sequences]
+        self.lengths = self.lengths[sequences]
 
 
 @dataclass
@@ -127,9 +127,9 @@ class Call:
     padded: bool                    # some may be padding
     policy: object                  # gates.SkipPolicy
     compact: bool                   # gather the kept rows | run every row
-    positions: torch.Tensor         # (B, S), or (1, S) where all rows agree
-    plain: bool                     # no padding, and every row at the same positions
-    span: int                       # no position reaches this
+    positions: torch.Tensor         # (B, S), or (1, S) where all sequences agree
+    plain: bool                     # no padding, and every sequence at the same positions
+    span: int                       # no token's position reaches this, though padding's may
     cache: KVCache = None
     fresh: bool = True              # nothing cached before this call: its own keys are all there is
     slots: object = None            # where KVCache.write puts this call's tokens
@@ -186,11 +186,11 @@ def start_call(shape, device, positions, valid, cache, policy, compact):
         if plain:
             slots = slice(end - S, end)
         elif valid is None:
-            row = torch.arange(B, device=device)[:, None].expand(B, S).flatten()
-            slots = row, torch.arange(S, device=device).repeat(B), positions.expand(B, S).flatten()
+            seq = torch.arange(B, device=device)[:, None].expand(B, S).flatten()
+            slots = seq, torch.arange(S, device=device).repeat(B), positions.expand(B, S).flatten()
         else:
-            row, column = valid.nonzero(as_tuple=True)                           # a host synchronisation, if padded
-            slots = row, column, positions[row, column]
+            seq, column = valid.nonzero(as_tuple=True)                           # a host synchronisation, if padded
+            slots = seq, column, positions[seq, column]
         cache.used, cache.uniform, cache.lengths = end, plain, lengths
     everyone = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     return Call(valid=everyone, padded=valid is not None, policy=policy, compact=compact, positions=positions,

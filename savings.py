@@ -65,8 +65,9 @@ def count_macs(config, keep, valid, *, keys, logit_rows, kv="copy_up", gate=None
 def branch_costs(config, skip="all"):
     """The work that is decided at each of the 2L branches: MACs of products with weights for one token, with mean 1.
 
-    0 where nobody may skip; "layer" decides on the MLP at attention. Query-key products, which grow with the text, are
-    left out, and so are gates; K and V count as attention's even where kv="dense" computes them all the same.
+    Then 0 where nobody may skip, so that their mean is the share of work that may be skipped; "layer" decides on the
+    MLP at attention. Query-key products, which grow with the text, are left out, and so are gates; K and V count as
+    attention's even where kv="dense" computes them all the same.
     """
     H, layers = config.hidden_size, config.num_hidden_layers
     attention = 2 * H * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim

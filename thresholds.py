@@ -35,7 +35,7 @@ def frozen_threshold(scores, q, tie=1e-6):
 def chunks(items, length=len, tokens=4096):
     """Consecutive slices of a list, each of at most `tokens` tokens when padded to its longest, and one item at least.
 
-    What follows training so takes the memory of a training batch, however much there is to measure.
+    So what follows training takes no more memory than a training batch, however much there is to measure.
     """
     start, longest = 0, 0
     for end, item in enumerate(items):
@@ -53,7 +53,7 @@ def one_pass(model, sequences, q, skip, kv):
 
     sequences: lists of token ids, all of them one pool; in memory are the states of all and the activations of one
     chunk. Each branch's threshold is set from the scores that it sees, and applied before the next branch runs, which
-    so sees states that earlier skips have shaped.
+    thus sees states that earlier skips have shaped.
     """
     device, runs = next(model.parameters()).device, []
     for chunk in chunks(sequences):
@@ -70,7 +70,7 @@ def one_pass(model, sequences, q, skip, kv):
         for branch in (2 * layer, 2 * layer + 1):
             if not may_skip(skip, branch):
                 continue
-            # a block's scores of a branch do not depend on its own decision there, only on what was decided before
+            # a block's scores depend on earlier decisions alone; its own, left in call.keep, are dropped below
             scores = [block(h, below, gates, call)[3][branch % 2] for h, below, call in runs]    # (B, S) each
             pool = torch.cat([s[call.valid] for s, (_, _, call) in zip(scores, runs)])
             smallest[branch], thresholds[branch] = float(pool.min()), frozen_threshold(pool, q)
@@ -81,8 +81,8 @@ def one_pass(model, sequences, q, skip, kv):
     return list(thresholds.values()), list(smallest.values())
 
 
-def search(table_at, realised, target, q, tolerance, rounds):
-    """Correct q until realised(table_at(q)), which rises with q, is target: regula falsi that cuts off a tenth of the
+def search(table_at, share_of, target, q, tolerance, rounds):
+    """Correct q until share_of(table_at(q)), which rises with q, is target: regula falsi that cuts off a tenth of the
     bracket at least.
 
     Returns the nearest (table, realised share, q) of at most `rounds` tries. It aims at half of the tolerance, so that
@@ -91,7 +91,7 @@ def search(table_at, realised, target, q, tolerance, rounds):
     low, high, best = (0.0, 0.0), (1.0, 1.0), None               # (q, share)
     for _ in range(rounds):
         table = table_at(min(q, 0.999))
-        got = realised(table)
+        got = share_of(table)
         if best is None or abs(got - target) < abs(best[1] - target):
             best = (table, got, q)
         if abs(got - target) <= tolerance / 2:

@@ -110,16 +110,16 @@ def train(args, gate, device, dtype, out, ranks=None):
     quantile = None
     if gate and args.threshold == "global":
         quantile = RunningQuantile(branch_costs(model.config, args.skip), state and state["quantile"])
-    metrics = start_run(out, state, saved, optimizer, ranks)     # writes: all that may be wrong has loaded
+    metrics = start_run(out, state, saved, optimizer, ranks)     # writes from here on: all that can fail has loaded
     first = 0 if state is None else state["step"]
     say_sizes(model, trained.values(), f"step {first} of {args.steps}, out {out}")
     forward = torch.compile(model) if args.compile else model
     model.train()
 
-    came = []                                                    # Ctrl-C, SIGTERM: finish the step, save, leave
+    came = []                                                    # signals, Ctrl-C or SIGTERM: finish the step and save
     before = {number: signal.signal(number, lambda number, _: came.append(number))
               for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN}
-    stop = came                                                  # of several ranks: what all know of
+    stop = came                                                  # the same list; with ranks, what all have agreed on
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=0.5)
     for step in bar:                                                                             # line 1
         picked = batch_at(len(sets["train"]), args.batch_size * args.grad_accum, args.seed, step)
@@ -139,11 +139,11 @@ def train(args, gate, device, dtype, out, ranks=None):
         for start in range(0, len(picked), args.batch_size):
             part = picked[start:start + args.batch_size]
             input_ids, loss_mask, valid = collate(part)                                          # (B, S) each
-            places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))        # (N,), (N,)
+            places, targets = (x.to(device) for x in answer_places(input_ids, loss_mask))        # (A,), (A,)
             input_ids, valid = input_ids.to(device), None if valid.all() else valid.to(device)
             # model.py: Model.forward for h_0 of line 2 and the layers of line 4, Block.forward for lines 4-16
             logits, trace = forward(input_ids, valid=valid, policy=policy, compute=args.compute, places=places,
-                                    checkpoint_blocks=args.checkpoint_activations)               # (N, V)
+                                    checkpoint_blocks=args.checkpoint_activations)               # (A, V)
             ce = F.cross_entropy(logits.float(), targets, reduction="sum") / answer_tokens       # line 17: L_CE, eq. 3
             kl = sparsity = ce.new_zeros(())
             if teacher:                                          # ours: what another model would have said
@@ -165,12 +165,12 @@ def train(args, gate, device, dtype, out, ranks=None):
         if quantile:
             seen = [torch.cat(x, -1) for x in zip(*seen)]
             quantile.update(*(ranks.gather(*seen) if ranks else seen))
-        for p in trained.values():                               # a branch that nobody passed has none: as in masked
+        for p in trained.values():                               # no token ran the branch: none; 0, as in masked
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), TABLE_15["clip"])
         if ranks:
             sums, norm, stop = ranks.agree(sums, norm, came)
-        # here the loop waits for the device; beside this where it hands it a batch, and with compact once a branch
+        # the loop waits for the device here, where it hands over a batch, and with compact once a branch
         *values, norm = torch.stack([*sums.values(), norm.float()]).tolist()
         sums = dict(zip(sums, values))
         loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + weight * sums["sparsity"]
@@ -192,8 +192,8 @@ def train(args, gate, device, dtype, out, ranks=None):
                                     quantile and quantile.points, ranks)
         if stop:
             break
-    bar.close()
-    metrics.close()                                                                              # line 20
+    bar.close()                                                                                  # line 20: end for t
+    metrics.close()
     for number, handler in before.items():
         signal.signal(number, handler)
     if ranks:
