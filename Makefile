@@ -12,7 +12,8 @@ setup:
 
 demo: setup
 	$(PY) train.py --gate scalar --threshold global --sparsity-cost macs --kv dense --schedule uniform \
-		--budget-end 0.4 --compute compact --calibrate 0.8 0.7 0.6 0.5 0.4 --out runs/demo --overwrite
+		--budget-end 0.4 --compute compact --steps 800 --lr 5e-4 --gate-lr-scale 2 \
+		--calibrate 0.8 0.6 0.5 0.4 --out runs/demo --overwrite
 	$(PY) eval_gsm8k.py --model runs/demo --dense examples/tiny-llama
 	$(PY) generate.py --model runs/demo --budget 0.6 --show-compute --show-branches \
 		--question "Tom has 31 red pens and 14 blue pens. Then he gives Ann 9. How many pens does Tom have now?"
