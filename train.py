@@ -286,7 +286,7 @@ def parse_args(argv):
     add("--calibration-sequences", type=whole(1), default=HELD_OUT,
         help=f"how many to calibrate on, of the {HELD_OUT} held out (a text's windows may be more)")
     add("--calibrate", type=check_budget, nargs="+", metavar="BUDGET",
-        help="budgets to calibrate at the end, all of them anew; default: 0.95, 0.9, ... down to --budget-end")
+        help="budgets to calibrate at the end, all anew; default: 0.95, 0.9, ... as far down as training went")
     add("--out", default="runs/demo", help="folder of this run: checkpoints, metrics.jsonl, curves")
     add("--save-every", type=whole(1), default=500, help="steps between checkpoints; the last step is always saved")
     add("--resume", action="store_true", help="go on with the run in --out (same flags)")

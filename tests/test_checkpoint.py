@@ -93,7 +93,7 @@ def test_what_the_curves_show(unbroken, tmp_path, monkeypatch):
     assert drawn(monkeypatch, tmp_path) == {
         "loss": {"loss": column("loss"), "cross-entropy": column("ce")},
         "mean gate": {"gate mean": ([3, 4, 5], [row["gate_mean"] for row in rows[3:]])},
-        "share of (token, branch) pairs": {"budget": column("budget"),
+        "budget, and share of pairs kept": {"budget": column("budget"),
                                            "kept": (steps, [1 - row["skipped"] for row in rows])}}
 
 
@@ -385,7 +385,7 @@ def test_resume_with_other_settings_names_both_values(folder, unbroken, tmp_path
     """Half a run with one learning rate and half with another, which no record shows."""
     shutil.copytree(unbroken["linear"], tmp_path / "run")
     before = state(tmp_path / "run")
-    different = r"other settings: --lr 0.002 \(was 0.001\), --gate-shared True \(was False\)$"
+    different = r"other settings: --lr 0.002 \(was 0.001\), --gate-shared True \(was False\): give those; a new run can"
     with pytest.raises(InputError, match=different):
         run(folder, tmp_path / "run", "--resume", "--gate-shared", **SCHEDULES["linear"] | dict(lr=2e-3))
     same_bits(state(tmp_path / "run"), before)

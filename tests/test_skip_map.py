@@ -271,7 +271,7 @@ def test_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     good = tmp_path / "m.html"
     for argv, why in (
             (["--html", tmp_path / "m.htm"], "m.htm must end in .html"), (["--html", ""], "must end in .html"),
-            (["--html", tmp_path / "none" / "m.html"], "m.html cannot be written (No such file or directory): give an"),
+            (["--html", tmp_path / "none" / "m.html"], "m.html cannot be written (there is no folder"),
             (["--html", tmp_path / "file" / "m.html"], "cannot be written (Not a directory)"),
             (["--html", tmp_path / "d.html"], "d.html cannot be written (it is a folder)"),
             (["--html", tmp_path / ("a" * 252 + ".html")], "(File name too long)"),
