@@ -42,6 +42,7 @@ SMALLER = {                                                      # curve -> {mod
 GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
          "the same, a quantile per branch": "ours, per branch, lambda 0.1, K and V dense",
          "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper, budget to 0.8",
+         "the paper's, gates at 30 times the rate": "paper, gates at 30 times the rate",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
 
 
