@@ -37,11 +37,10 @@ PAPER_BUT = {                                                    # "{}" stands f
     "low-rank gates, 4": "--gate-arch lowrank --gate-rank 4", "low-rank gates, 8": "--gate-arch lowrank --gate-rank 8",
     "low-rank gates, 16": "--gate-arch lowrank --gate-rank 16",
     "gate before the module": "--gate-placement before", "gate reads the residual": "--gate-input residual",
-    "no gradient through gate inputs": "--gate-detach",
+    "no gradient through gate inputs": "--gate-detach", "every second layer": "--skip alternate",
     "attention only": "--skip attn", "MLP only": "--skip mlp", "layers, by attention's gate": "--skip layer",
-    "every second layer": "--skip alternate",
-    "L1": "--sparsity-loss l1", "KL": "--sparsity-loss kl", "L2 norm": "--sparsity-loss l2_norm",
     "lambda 0.01": "--sparsity-weight 0.01", "lambda 1": "--sparsity-weight 1",
+    "L1": "--sparsity-loss l1", "KL": "--sparsity-loss kl", "L2 norm": "--sparsity-loss l2_norm",
     "gates at 10 times the rate": "--gate-lr-scale 10", "gates at 30 times the rate": "--gate-lr-scale 30",
     "budget to 0.8": "--budget-end 0.8", "budget to 0.4": "--budget-end 0.4", "uniform budget": "--schedule uniform",
     "MAC costs": "--sparsity-cost macs", "one threshold": "--threshold global",
@@ -49,13 +48,16 @@ PAPER_BUT = {                                                    # "{}" stands f
     "from the tuned model": "--model {}", "from the tuned model, frozen": "--model {} --freeze-backbone",
 }
 FASTER_BUT = ("scalar gates", "shared gates", "MLP gates", "gate before the module", "L1", "KL", "attention only",
-              "MLP only", "every second layer")                  # with gates at 30 times the rate, where it works
+              "MLP only", "every second layer", "one threshold", "from the tuned model, frozen")     # where it works
 OURS_BUT = {
     "per branch": "--threshold branch", "equal costs": "--sparsity-cost equal", "vector gates": "--gate vector",
     "lambda 0.1": "--sparsity-weight 0.1", "lambda 0.3": "--sparsity-weight 0.3",
     "lambda 0.1, K and V dense": "--sparsity-weight 0.1 --kv dense",
     "lambda 0.03, K and V dense": "--sparsity-weight 0.03 --kv dense",
     "per branch, lambda 0.1, K and V dense": "--threshold branch --sparsity-weight 0.1 --kv dense",
+    "per branch, gates at 30 times the rate": "--threshold branch --gate-lr-scale 30",
+    "per branch, lambda 0.1, K and V dense, gates at 30 times the rate":
+        "--threshold branch --sparsity-weight 0.1 --kv dense --gate-lr-scale 30",
     "gates at 10 times the rate": "--gate-lr-scale 10", "budget to 0.5": "--budget-end 0.5",
     "teacher": "--teacher {} --distill-weight 0.5", "from the tuned model": "--model {}",
     "from the tuned model, its pupil": "--model {} --teacher {} --distill-weight 0.5",
@@ -120,8 +122,7 @@ def models():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def one(name, seed, threads):
-    """Train and measure: an entry of the results. The tuned dense model stays for those that begin with it; TUNED makes
-    it and measures nothing."""
+    """Train and measure: an entry. The tuned dense model stays for those that begin with it; TUNED measures nothing."""
     stays, started = name in (TUNED, "dense"), time.perf_counter()
     model, folder = models()["dense" if stays else name], study.folder_of(TUNED if stays else name, seed)
     with study.logged(folder, threads):
@@ -156,8 +157,7 @@ def table(runs, key, names):
     what = {"skipped": "(token, branch) pairs skipped", "macs_saved": "MACs saved, gates paid"}[key]
     lines = [f"| {what} | seeds | " + " | ".join(f"{t}%" for t in TARGETS) + " |", "|---" * (len(TARGETS) + 2) + "|"]
     for name in names:
-        seeds = [[row for row in r["rows"] if row["row"] == name] for r in runs]
-        seeds = [found for found in seeds if found]
+        seeds = [found for r in runs if (found := [row for row in r["rows"] if row["row"] == name])]
         if not seeds:
             continue
         at, paid = (list(zip(*(curve([(r[x], r[y]) for r in found]) for found in seeds)))
