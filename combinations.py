@@ -31,8 +31,9 @@ def check_combinations(args, chosen):
     if args.threshold == "global" and args.sparsity_loss == "kl":
         raise InputError("--threshold global with --sparsity-loss kl, which pulls every branch to the same budget: "
                          "take l2")
-    if args.kv == "dense" and args.skip == "mlp":
+    if chosen.kv == "dense" and args.skip == "mlp":
         raise InputError("--kv dense with --skip mlp: nobody skips attention, so every K and V is computed anyway")
+    args.kv = "copy_up" if args.skip == "mlp" else args.kv       # a preset's
     if args.teacher == "":
         raise InputError("--teacher is empty: give a folder, a run's --out, or a hub id")
     if args.distill_weight is not None and not args.teacher:

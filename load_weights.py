@@ -302,7 +302,7 @@ def checksums(folder):
     config, sums = read_json(folder / "config.json"), {}
     if isinstance(config.get("gateskip"), dict):
         config["gateskip"] = {key: value for key, value in config["gateskip"].items()
-                              if key not in ("thresholds", "realised", "step")}
+                              if key not in ("thresholds", "realised", "missed", "step")}
     for path in (folder / name for name in SAVED if (folder / name).is_file()):
         sums[path.name] = 0
         with open(path, "rb") as file:

@@ -41,6 +41,13 @@ class RunningQuantile:
         i = min(int(place), 99)
         return self.points[i] + (place - i) * (self.points[i + 1] - self.points[i])
 
+    def beyond(self, q):
+        """at(q) with price 0 at q = 0 and 1 at q = 1: means over steps lag behind gates, and calibration has to find
+        prices that they do not reach, too."""
+        points = self.points.clone()
+        points[0], points[-1] = 0.0, 1.0
+        return RunningQuantile([], points).at(q)
+
     def policy(self, budget, skip, kv):
         """The SkipPolicy of a training step: frozen at the price that lets `budget` of the work run. Before the first
         update, and at budget 1, nobody skips."""

@@ -82,14 +82,13 @@ def one_pass(model, sequences, q, skip, kv):
 
 
 def search(table_at, share_of, target, q, tolerance, rounds):
-    """Correct q until share_of(table_at(q)), which rises with q, is target: regula falsi that cuts off a tenth of the
-    bracket at least.
+    """Correct q until share_of(table_at(q)), which rises with q, is target: by regula falsi and bisection in turn.
 
     Returns the nearest (table, realised share, q) of at most `rounds` tries. It aims at half of the tolerance, so that
     other prompts stay within all of it.
     """
     low, high, best = (0.0, 0.0), (1.0, 1.0), None               # (q, share)
-    for _ in range(rounds):
+    for tries in range(rounds):
         table = table_at(min(q, 0.999))
         got = share_of(table)
         if best is None or abs(got - target) < abs(best[1] - target):
@@ -98,12 +97,12 @@ def search(table_at, share_of, target, q, tolerance, rounds):
             break
         low, high = (low, (q, got)) if got > target else ((q, got), high)
         width, rise = high[0] - low[0], max(high[1] - low[1], 1e-9)
-        q = low[0] + width * min(max((target - low[1]) / rise, 0.1), 0.9)
+        q = low[0] + width * (0.5 if tries % 2 else min(max((target - low[1]) / rise, 0.1), 0.9))
     return best
 
 
 def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None, quantile=None, tolerance=0.01,
-              rounds=6):
+              rounds=12):
     """Frozen thresholds for each budget: measured on the sequences in one pass, or read from the RunningQuantile of
     training, then, if asked, corrected by a search.
 
@@ -113,8 +112,8 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
     Shares are of (token, branch) pairs, and of work where a quantile is given.
 
     Returns {"skip", "kv", "threshold", "thresholds": {"1.0": [...], "0.95": [2L floats, or one], ...}, "realised":
-    {"0.95": share, ...}}; a branch that may not skip has threshold 0. thresholds["1.0"] holds the smallest scores and
-    serves interpolation only.
+    {"0.95": share, ...}, "missed": {of those that are not within tolerance: share asked}}; a branch that may not skip
+    has threshold 0. thresholds["1.0"] holds the smallest scores (or price) and serves interpolation only.
     """
     if model.config.gate is None:
         raise InputError("this model has no gates to calibrate: train it first (python train.py --model ...)")
@@ -124,10 +123,10 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
         table_at = lambda q: one_pass(model, sequences, q, skip, kv)[0]
     else:
         share, smallest = float(quantile.costs.mean()), [float(quantile.at(0.0))]
-        table_at = lambda q: [float(quantile.at(q))]
+        table_at = lambda q: [float(quantile.beyond(q))]
     what = "(token, branch) pairs" if quantile is None else "the work"
     result = {"skip": skip, "kv": kv, "threshold": "branch" if quantile is None else "global",
-              "thresholds": {"1.0": smallest}, "realised": {}}
+              "thresholds": {"1.0": smallest}, "realised": {}, "missed": {}}
     correction = 1.0                                             # of the last budget: a good guess for the next
     for budget in sorted((b for b in map(check_budget, budgets) if b < 1.0), reverse=True):
         key, target, q = str(budget), (1.0 - budget) * share, min((1.0 - budget) * correction, 0.99)
@@ -137,9 +136,12 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
         in_use = lambda table: realised(SkipPolicy("frozen", budget, skip, kv, thresholds=spread(table, branches)))
         result["thresholds"][key], got, q = search(table_at, in_use, target, q, tolerance, rounds)
         result["realised"][key], correction = got, q / (1.0 - budget)
-        missed = f"  target {target:.1%} NOT reached: skipping here feeds on itself"
+        missed = abs(got - target) > tolerance
+        result["missed"] |= {key: target} if missed else {}
         print(f"calibrated budget {budget:.2f}: skips {got:.1%} of {what} in texts that it continues"
-            + (missed if abs(got - target) > tolerance else ""))
+            + missed * f"  target {target:.1%} NOT reached: the nearest of {rounds} tries")
+    if quantile is not None:
+        result["thresholds"]["1.0"] = min(result["thresholds"].values())
     return result
 
 
@@ -184,8 +186,11 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
     if kind == "auto":
         kind = "frozen" if "thresholds" in stored else "batch"
         if kind == "batch":
-            print("no calibration in this model: using the quantile of each batch, which skips nothing in a decoding "
-                  "step of a single stream", file=sys.stderr)
+            print("no calibration in this model (the training command with --resume makes it): using the quantile of "
+                  "each batch, which skips nothing in a decoding step of a single stream", file=sys.stderr)
+    if kind in ("batch", "topk") and stored.get("threshold") == "global":
+        print(f"this model was trained under one threshold for all branches; {kind} gives each branch the same share "
+              "of tokens, so its budget is another", file=sys.stderr)
     if kind == "frozen":
         if "thresholds" not in stored:
             raise InputError("this model is not calibrated (train.py does it at its end), as the frozen policy needs; "
@@ -198,7 +203,11 @@ def make_policy(config, kind, budget, skip=None, kv=None, seed=0, device="cpu"):
         thresholds = spread(thresholds_at(stored["thresholds"], budget), 2 * config.num_hidden_layers)
     if thresholds and all(abs(float(known) - budget) > 1e-4 for known in stored["thresholds"]):
         print(f"budget {budget} is not among the calibrated ({', '.join(stored['thresholds'])}): thresholds "
-              "interpolated, less may be skipped than asked", file=sys.stderr)
+              "interpolated, more or less may be skipped than asked", file=sys.stderr)
+    for known, asked in stored.get("missed", {}).items() if thresholds else ():
+        if abs(float(known) - budget) <= 1e-4:
+            print(f"budget {budget} was not reached when this model was calibrated: it skips "
+                  f"{stored['realised'][known]:.1%} where {asked:.1%} is asked", file=sys.stderr)
     if budget < stored.get("budget_end", 0.0) - 1e-9:
         print(f"warning: budget {budget} is below {stored['budget_end']}, the lowest this model was trained for",
               file=sys.stderr)

@@ -129,8 +129,9 @@ def train(args, gate, device, dtype, out, ranks=None):
         if quantile:
             policy = quantile.policy(b, args.skip, args.kv)      # ours: one threshold for all
         weight = sparsity_weight_at(step, args.steps, args.sparsity_weight, args.sparsity_weight_end)    # lambda
+        rate = learning_rate(step, args.steps, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = group.get("scale", 1.0) * learning_rate(step, args.steps, args.lr, args.warmup)
+            group["lr"] = group.get("scale", 1.0) * rate
 
         answer_tokens, tokens = sum(sum(mask) for _, mask in picked), sum(len(ids) for ids, _ in picked)
         picked = picked[ranks.rank::ranks.world] if ranks else picked
@@ -176,7 +177,7 @@ def train(args, gate, device, dtype, out, ranks=None):
         loss = (1 - alpha) * sums["ce"] + alpha * sums["kl"] + weight * sums["sparsity"]
         row = {"step": step, "loss": loss, "ce": sums["ce"], **({"kl": sums["kl"]} if teacher else {}),
                "sparsity": sums["sparsity"], "gate_mean": sums["scores"] / sums["pairs"] if gate else None, "budget": b,
-               "skipped": 1 - sums["kept"] / sums["pairs"], "lr": optimizer.param_groups[0]["lr"]}
+               "skipped": 1 - sums["kept"] / sums["pairs"], "lr": rate}
         if not math.isfinite(row["loss"] + norm):                # before the update that would spoil the weights
             cause = "look at --teacher" if math.isfinite(sums["ce"]) > math.isfinite(sums["kl"]) else (
                 "lower --lr or --gate-lr-scale")

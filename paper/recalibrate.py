@@ -37,6 +37,7 @@ def recalibrate(model, items):
     config, stored = model.config, model.config.gateskip
     budgets = list(stored.pop("thresholds", ()))
     stored.pop("realised", None)
+    stored.pop("missed", None)
     if not budgets:
         return
     if items is None:

@@ -70,9 +70,15 @@ def _measured(row):
 
 
 def keep(file, entry):
-    """Add an entry, in place of one of the same model and seed. Another process may write the file too."""
+    """Add an entry, in place of one of the same model and seed. Another process may write the file too; InputError
+    where it has been damaged meanwhile, the entry on stderr."""
     with FileLock(RESULTS / ".lock"):
-        runs = [r for r in entries(file) if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
+        try:
+            earlier = entries(file)
+        except InputError as error:
+            tqdm.write(json.dumps(entry), file=sys.stderr)
+            raise InputError(f"{error}; then add the entry that is printed above") from None
+        runs = [r for r in earlier if (r["model"], r["seed"]) != (entry["model"], entry["seed"])] + [entry]
         write(RESULTS / file, ('{"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n").encode())
 
 
@@ -96,14 +102,17 @@ def study(file, rounds, one, jobs):
     known, threads = {(r["model"], r["seed"]) for r in entries(file)}, max(1, torch.get_num_threads() // jobs)
     rounds, failed = [[run for run in dict.fromkeys(runs) if run not in known] for runs in rounds], []
     check_writable(RESULTS)
+    tqdm.monitor_interval = 0                                    # its thread would take a Ctrl-C that is blocked below
     with only_one(WORK, "folder"), tqdm(total=sum(map(len, rounds)), desc="models", smoothing=0) as bar:
         def kept(done, model, seed):
             try:
-                if entry := done.result():                       # or the error that ended it
-                    keep(file, entry)
+                entry = done.result()                            # or the error that ended it
             except InputError as error:
                 failed.append(f"{model!r}, seed {seed}: {error}")
                 tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
+                entry = None
+            if entry:
+                keep(file, entry)
             bar.update()
 
         for runs in rounds:

@@ -249,16 +249,18 @@ def test_the_oracle_is_independent(monkeypatch):
                                         ("alternate", "l1")])
 @families
 def test_loss_and_gradients(family, skip, kind, kv, compute):
-    """A loss on the question, off by one token, or averaged over something else; a sparsity loss of the wrong power;
-    gradients that stop at a gather, a copied row or a skipped token. Every parameter, step 7 of 10."""
+    """A loss on the question, off by one token, or averaged over something else; a sparsity loss of the wrong power, or
+    costs that weigh nothing, or other branches; gradients that stop at a gather, a copied row or a skipped token. Every
+    parameter, step 7 of 10."""
     model, ids = build(family(num_hidden_layers=3)).train(), tokens(1, 7)[0]
     policy = SkipPolicy("batch", gates.budget_at(7, 10, 1.0, 0.4), skip, kv)
     logits, trace = model(ids[None], policy=policy, compute=compute)
-    loss = F.cross_entropy(logits[0, 2:-1], ids[3:]) + 0.3 * sparsity_loss(trace.gates, kind=kind)
+    costs = [2.0, 0.5, 0.0, 1.5, 0.25, 1.75]
+    loss = F.cross_entropy(logits[0, 2:-1], ids[3:]) + 0.3 * sparsity_loss(trace.gates, kind=kind, costs=costs)
     loss.backward()
     fast = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    loops = by_hand.training_step(model, ids.tolist(), 3, 7, 10, 0.3, kind, b_2=0.4, skip=skip, kv=kv)
+    loops = by_hand.training_step(model, ids.tolist(), 3, 7, 10, 0.3, kind, b_2=0.4, costs=costs, skip=skip, kv=kv)
     loops.backward()
     assert any(not m.all() for m in trace.keep)
     same(loops, loss)

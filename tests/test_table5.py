@@ -226,6 +226,20 @@ def test_a_training_that_diverges_does_not_end_the_study(small, monkeypatch, cap
     assert "failed: 'diverges', seed 3: the loss is nan" in capsys.readouterr().err
 
 
+def test_results_that_are_damaged_meanwhile_end_the_study(small, monkeypatch, capsys):
+    """A merge by hand while the study runs: all that follows trained, thrown away, and called kept."""
+    asked, file = [], study.RESULTS / "table5.json"
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda jobs, context, max_tasks_per_child: Here())
+
+    def one(name, seed, threads):
+        asked.append(name)
+        file.write_text("<<<<<<<")
+        return entry(name, seed, [])
+    told = complaint(lambda: study.study("table5.json", [[("a", 1), ("b", 1)]], one, 1))
+    assert asked == ["a"] and str(file) in told and "add the entry that is printed above" in told
+    assert json.dumps(entry("a", 1, [])) in capsys.readouterr().err and file.read_text() == "<<<<<<<"
+
+
 def test_one_study_at_a_time(small):
     """Two that train into one folder, and remove it under each other."""
     with only_one(study.WORK):

@@ -27,6 +27,7 @@ from gates import GRANULARITIES, GateConfig, SkipPolicy, skippable_share, sparsi
 from load_weights import load_model, load_tokenizer, read_json, save_model
 from model import MLP, Model
 from problems import arithmetic
+from savings import branch_costs
 from thresholds import make_policy
 from toy_runs import FLAGS, ROOT, SCHEDULES, folder, last, metrics, run, state, toy, unbroken, words
 
@@ -102,6 +103,34 @@ def test_table_15_clips_the_gradient(folder, tmp_path, monkeypatch):
 
 
 # Algorithm 1.
+
+def test_gates_learn_at_their_own_rate(folder, tmp_path, monkeypatch):
+    """--gate-lr-scale that moves nothing, or all; a learning rate on record that is the gates'. Adam's first step is as
+    long as the rate."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.setitem(train.TABLE_15, "weight_decay", 0.0)
+    before, flags = load_file(folder / "model.safetensors"), dict(steps=1, warmup=1, lr=1e-4, seed=0)
+    for frozen in ((), ("--freeze-backbone",)):
+        moved = {}
+        for scale in (1, 30):
+            assert run(folder, out := tmp_path / f"{scale}{len(frozen)}", *frozen, gate_lr_scale=scale, **flags) == 0
+            assert [row["lr"] for row in metrics(out)] == [1e-4]
+            after = load_file(last(out) / "model.safetensors")
+            moved[scale] = (max((p - before[key]).abs().max().item() for key, p in after.items() if key in before),
+                            max((p - 5.0).abs().max().item() for key, p in after.items() if "_gate.out.bias" in key))
+        assert moved[1][0] == moved[30][0] == pytest.approx(0 if frozen else 1e-4, rel=0.01), moved
+        assert moved[1][1] == pytest.approx(1e-4, rel=0.01) and moved[30][1] == pytest.approx(3e-3, rel=0.01), moved
+
+
+def test_the_work_of_branches_reaches_the_loss(folder, tmp_path, monkeypatch):
+    """--sparsity-cost macs that weighs all branches the same."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    seen, real = [], train.sparsity_loss
+    monkeypatch.setattr(train, "sparsity_loss", lambda *given: seen.append(given[4]) or real(*given))
+    for cost in ("equal", "macs"):
+        assert run(folder, tmp_path / cost, sparsity_cost=cost, steps=1) == 0
+    assert seen == [None, branch_costs(load_model(folder).config)] and len(set(seen[1])) == 2
+
 
 def test_learning_rate_by_hand():
     """A warm-up that starts at 0 or ends late, a cosine that ends above 0 or rises again."""
@@ -426,6 +455,8 @@ def test_a_preset_with_gates_can_train_the_dense_model():
     assert (args.threshold, args.sparsity_cost, args.gate_lr_scale, args.steps) == ("branch", "equal", 1.0, 1000)
     args = train.parse_args(words(preset="smollm2-135m", data="arithmetic"))
     assert (args.threshold, args.sparsity_cost, args.gate_lr_scale, args.gate) == ("global", "macs", 30.0, "scalar")
+    for skip, kv in (("mlp", "copy_up"), ("attn", "dense")):     # --kv dense refused, which nobody gave
+        assert train.parse_args(words(preset="smollm2-135m", data="arithmetic", skip=skip)).kv == kv
 
 
 def test_a_granularity_that_lets_nobody_skip(folder, tmp_path):
