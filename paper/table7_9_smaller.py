@@ -3,10 +3,11 @@
     python paper/table7_9_smaller.py --jobs 2                    # all that paper/results/table7_9.json lacks yet
     python paper/table7_9_smaller.py --from-results              # the table again, without training
 
-Two recipes of table5_ablations.py on the embedded model, the demo's first; of each training every row, with thresholds
-measured anew. Savings are of the whole dense model's MACs: what a removed block saves is in them, which the paper's
-Table 9 leaves out ("saved compute" there is of what is left); 4-bit weights save none, but memory. Larger models:
-quantize.py or shortgpt.py, then answer_loss.py. Table 8 is speculative.py.
+Two recipes of table5_ablations.py on the embedded model, the demo's first, and the dense model tuned alike, beside
+which what happens to gates can be judged; of each training every row, with thresholds measured anew. Savings are of the
+whole dense model's MACs: what a removed block saves is in them, which the paper's Table 9 leaves out ("saved compute"
+there is of what is left); 4-bit weights save none, but memory. Larger models: quantize.py or shortgpt.py, then
+answer_loss.py. Table 8 is speculative.py.
 """
 import contextlib
 import shutil
@@ -34,7 +35,7 @@ from thresholds import make_policy
 
 FILE = "table7_9.json"
 RECIPES = {f"{name}, made smaller": table5_ablations.models()[name].stages[0]
-           for name in ("ours, lambda 0.1, K and V dense", "ours")}
+           for name in ("ours, lambda 0.1, K and V dense", "ours", "dense")}
 BUDGETS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.4)
 FOUR_BITS = {"NF4": ("nf4", False), "NF4, double quantisation": ("nf4", True), "int4": ("int4", False)}
 REMOVED = {"1 block removed": 1, "2 blocks removed": 2}
@@ -62,6 +63,9 @@ def made_smaller(change, sizes, folder, items):
     model = load_model(folder).eval()
     change(model, load_tokenizer(folder))
     sizes.append((memory_of(model), model.config))
+    if model.config.gate is None:
+        yield 0.0, model, make_policy(model.config, "none", 1.0)
+        return
     model.config.gateskip["thresholds"] = dict.fromkeys(map(str, BUDGETS[1:]))
     recalibrate(model, items)
     for budget in BUDGETS:
@@ -116,6 +120,9 @@ def main(argv=None):
         if not (of_it := [r for r in runs if r["model"] == name]):
             continue
         print(f"\n{name}\n\n" + "\n".join(table5_ablations.table(of_it, "macs_saved", ROWS)))
+        print("\nat full budget (MACs saved, %): " + ", ".join(
+            f"{row} {study.mean_std([100 * r['accuracy'] for r in found])} ({100 * found[0]['macs_saved']:.0f})"
+            for row in ROWS if (found := [r for e in of_it for r in e["rows"] if r["row"] == row and not r["asked"]])))
         sizes = of_it[0].get("bytes")
         if not isinstance(sizes, dict) or not all(type(size) is int and 0 < size < 2 ** 60 for size in sizes.values()):
             raise InputError(f"{study.RESULTS / FILE}: \"bytes\" of {name!r} is not as this program writes it: mend it")
