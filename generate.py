@@ -61,7 +61,8 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
     """Algorithm 2. Continue every prompt (a list of token ids) by at most max_new_tokens; returns a Generation.
 
     on_token(i, id) is called for each new token of prompt i as it comes, and on_pass(trace) after each pass with its
-    model.Trace. InputError for an empty prompt, and for a length beyond the model's positions.
+    model.Trace. Where on_token returns True prompt i ends, as behind an end token. InputError for an empty prompt, and
+    for a length beyond the model's positions.
     """
     device, config, lengths = next(model.parameters()).device, model.config, [len(p) for p in prompts]
     if not prompts or min(lengths) == 0:
@@ -89,11 +90,12 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
         calls.append((active, trace.valid, torch.stack(trace.keep).float().mean(0)))                  # (B, S)
         ids, valid = sampling.draw(logits)[:, None], None        # A2 line 16: (B, 1)
         new = ids[:, 0].tolist()                                 # a host synchronisation; compact has one a branch too
-        for i, token in zip(active, new):
+        going = []
+        for row, (i, token) in enumerate(zip(active, new)):
             tokens[i].append(token)
-            if on_token is not None:
-                on_token(i, token)
-        going = [row for row, token in enumerate(new) if token not in eos_ids]
+            ended = on_token is not None and on_token(i, token)
+            if not ended and token not in eos_ids:
+                going.append(row)
         if not going:
             break
         # A2 line 14, once a step: printed before line 15, inside the loop over layers, where no token is out yet

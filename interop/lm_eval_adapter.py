@@ -9,7 +9,6 @@ Shapes: B rows of a batch, S tokens of the longest, N positions that are scored,
 import json
 import math
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,10 +32,6 @@ from thresholds import make_policy
 from tokens import chat_template, decode, encode
 
 SELECTORS, DTYPES = ("frozen", "batch", "none"), ("float32", "bfloat16", "float64")
-
-
-class AllEnded(Exception):
-    """Every text of a batch has met its end: nothing is left to generate."""
 
 
 def count_of(name, value, most=math.inf):
@@ -234,8 +229,7 @@ class GateSkipLM(TemplateLM):
 
     def continue_all(self, contexts, asked):
         """list[str] and one gen_kwargs for all -> list[str], each without its stop string. A text that has met one
-        runs along until the last of its batch has, and what it adds is dropped. InputError for a way of decoding that
-        is not here, and for a max_gen_toks without room."""
+        leaves its batch. InputError for a way of decoding that is not here, and for a max_gen_toks without room."""
         asked = normalize_gen_kwargs(asked, self.max_gen_toks)
         until, room = [stop for stop in asked.pop("until") if stop], asked.pop("max_gen_toks")
         asked.pop("do_sample")                                   # where it is off, the temperature is 0 by now
@@ -248,21 +242,14 @@ class GateSkipLM(TemplateLM):
             raise InputError(f"max_gen_toks={room} must be at least 1 and leave room for a prompt in max_length="
                              f"{self.max_length}")
         prompts = [(self.tok_encode(text) or [self.prefix_token_id])[room - self.max_length:] for text in contexts]
-        ends, new, ended = {*self.model.config.eos_ids, self.eos}, [[] for _ in prompts], set()
+        ends, new = {*self.model.config.eos_ids, self.eos}, [[] for _ in prompts]
 
-        def take(i, token):
-            if i in ended:
-                return
+        def met(i, token):
             new[i].append(token)
             text = decode(self.tokenizer, new[i], special=True) if until else ""         # a string may straddle tokens
-            if token in ends or any(stop in text for stop in until):
-                ended.add(i)
-            if len(ended) == len(prompts):
-                raise AllEnded
+            return any(stop in text for stop in until)
 
-        count = lambda trace: self.savings.add(trace, "answer" if any(new) else "prompt")
-        with suppress(AllEnded):
-            generate(self.model, prompts, room, self.policy, ends, sampling, on_token=take, on_pass=count)
+        self.savings += generate(self.model, prompts, room, self.policy, ends, sampling, on_token=met).savings
         return [postprocess_generated_text(decode(self.tokenizer, ids), until, None) for ids in new]
 
     def get_model_info(self):

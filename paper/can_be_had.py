@@ -44,7 +44,7 @@ def main(argv=None):
         wanted["model", args.model] = ["--model"]
     for name in expand(args.tasks):
         task = TASKS[name]
-        for split in filter(None, (task.split, task.shots)):
+        for split in filter(None, (task.split, task.shots * (task.kind == "choice"))):           # as --shots defaults
             if not find_local(task.rows, split, args.data):
                 wanted.setdefault(("dataset", source_of(task.rows).repo), []).append(f"{task.rows} {split}")
     for file, repos in (("traces", TRACES.values()), ("fineweb", [FINEWEB]), ("wmt16", [WMT16])) * args.training_data:

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError
+from tasks import SUBJECTS
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def source_of(name):
         return SOURCES[name]
     part, whole = name[5:], SOURCES["mmlu"]
     return Source(whole.repo, parquet(part, "dev", "validation", "test"), {
-        split: (f"{split}/{part}_{split}.csv", f"{part}_{split}.csv") for split in ("dev", "test")},
+        split: (f"{split}/{part}_{split}.csv", f"{part}_{split}.csv") for split in ("dev", "test") if part != "all"},
         whole.revision, whole.columns)
 
 
@@ -181,13 +182,15 @@ def as_on_the_hub(row, labels, number):
 
 
 def find_local(name, split, folder):
-    """The file of a split in a folder, or None."""
+    """The file of a split in a folder, or None; of "mmlu/all" the folder itself if it has each subject's."""
     source = source_of(name)
     parts = [Path(folder) / name.split("/")[0], Path(folder)] if folder else []      # its own, where names say less
     plain = f"{split}.parquet" * (not name.startswith("mmlu/") or name == "mmlu/all")
-    tried = [part / file for part in parts
-             for file in (*source.files.get(split, ()), source.hub.get(split), plain) if file]
-    return next((path for path in tried if path.is_file()), None)
+    names = [file for file in (*source.files.get(split, ()), source.hub.get(split), plain) if file]
+    tried = [part / file for part in parts for file in names]
+    if folder and name == "mmlu/all" and all(find_local(f"mmlu/{part}", split, folder) for part in SUBJECTS):
+        tried.append(Path(folder))
+    return next((path for path in tried if path.exists()), None)
 
 
 def find(name, split, folder):
@@ -195,7 +198,6 @@ def find(name, split, folder):
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"--data {folder}: no such folder")
     source, path = source_of(name), find_local(name, split, folder)
-    names = source.files.get(split, ())
     if path:
         return path, str(path)
     if split not in source.hub:
@@ -204,18 +206,18 @@ def find(name, split, folder):
     try:
         path = Path(hf_hub_download(source.repo, source.hub[split], repo_type="dataset", revision=source.revision))
     except Exception as error:  # of many kinds: no network, no such file, a licence
-        here = f"not in --data {folder}, where {', '.join(names) or source.hub[split]} would do, and " if folder else ""
+        names = ", ".join(source.files.get(split, ())) or source.hub[split]
+        here = f"not in --data {folder}, where {names} would do, and " if folder else ""
         raise InputError(f"{name}, split {split}: {here}the hub's {source.repo} cannot be had "
                          f"({' '.join(str(error).split())[:120]}): download it and give its folder by --data") from None
-    return path, f"{source.repo}@{path.resolve().parts[-len(Path(source.hub[split]).parts) - 1]}"
+    return path, f"{source.repo}@{path.parts[-len(Path(source.hub[split]).parts) - 1]}"   # in the folder of its commit
 
 
 def unlike_the_hub(path):
     """ "" or what a published file has otherwise than the hub's data set, which the harness asks."""
     if path.name.endswith(".txt.bz2"):
         return "second sentences of contexts are not capitalised, as the harness has them"
-    return "rare words are <unk>, and in the raw text that the harness reads they are not" * path.name.endswith(
-        (".txt", ".tokens"))
+    return "rare words are <unk>, and in the harness's raw text they are not" * path.name.endswith((".txt", ".tokens"))
 
 
 def rows(name, split, folder=None):
@@ -223,6 +225,8 @@ def rows(name, split, folder=None):
 
     name: a key of SOURCES, or "mmlu/SUBJECT". InputError for a split, a format or a column that it lacks."""
     path, origin = find(name, split, folder)
+    if path.is_dir():                                            # a file per subject: MMLU as published
+        return [row for subject in SUBJECTS for row in rows(f"mmlu/{subject}", split, folder)[0]], origin
     found, beside = read(path), path.with_name(f"{path.stem}-labels.lst")        # PIQA has a file of answers
     labels = beside.read_bytes().decode(errors="replace").split() if beside.is_file() else []
     if labels and len(labels) != len(found):
@@ -237,7 +241,9 @@ def rows(name, split, folder=None):
         except (LookupError, TypeError, AttributeError):
             raise InputError(f"{where}: not as it was published: {row!r:.160}") from None
         if lacking := [column for column in source_of(name).columns if column not in row]:
-            raise InputError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}")
+            whose = [other for other, s in SOURCES.items() if other != name and path.name in s.files.get(split, ())]
+            raise InputError(f"{where}: no column {', '.join(lacking)}; it has {', '.join(map(str, row))}" + "".join(
+                f"; if it is of {other}, move it into {Path(folder) / other}" for other in whose))
         if wrong := wrong_with(row):
             raise InputError(f"{where}: {wrong}")
         if subject and row.get("subject", name[5:]) != name[5:] != "all":

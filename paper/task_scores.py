@@ -6,7 +6,6 @@ their standard errors. evaluate.py is the command.
 import math
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,11 +43,11 @@ def windows(ids, before, most):
 
 
 def asked_of(model, tokenizer, task, docs, args):
-    """What the model reads: per question its (context, continuation) ids, or the ids of its prompt.
-
-    InputError, with the number of the question, for what the model has no positions for."""
+    """(what the model reads: per question its (context, continuation) ids, or the ids of its prompt; in how many pairs
+    a token straddled the border). InputError, with the number of the question, for what it has no positions for."""
     most, bos = model.config.max_position_embeddings, args.bos_id if args.bos else None
     before, found = args.bos_id if args.bos_id is not None else next(iter(model.config.eos_ids), None), []
+    straddled = 0
     for number, doc in enumerate(docs, 1):
         if task.kind == "answer":
             ids = encode(tokenizer, doc.prompt)
@@ -59,14 +58,15 @@ def asked_of(model, tokenizer, task, docs, args):
         elif task.kind == "text":
             found.append(windows(encode(tokenizer, doc.pairs[0][1], front=False), before, most))
         else:
-            pairs = [encode_pair(tokenizer, *pair, bos=bos)[:2] for pair in doc.pairs]
-            if max(len(rest) for _, rest in pairs) > most:
+            pairs = [encode_pair(tokenizer, *pair, bos=bos) for pair in doc.pairs]
+            if max(len(rest) for _, rest, _ in pairs) > most:
                 raise InputError(f"{task.rows}, question {number}: a choice has more tokens than the model's {most} "
                                  "positions: lower --limit to leave it out")
-            found.append([(context or [before], rest) for context, rest in pairs])
+            found.append([(context or [before], rest) for context, rest, _ in pairs])
+            straddled += sum(straddles for _, _, straddles in pairs)
         if before is None:
             raise InputError("the model names neither a bos_token_id nor an end token for a text to start from")
-    return found
+    return found, straddled
 
 
 def log_scores(model, task, docs, questions, policy, args, savings):
@@ -82,26 +82,16 @@ def log_scores(model, task, docs, questions, policy, args, savings):
             "bytes": [len(doc.size.encode()) for doc in docs]}, sums
 
 
-class AllEnded(Exception):
-    """Every text of a batch has met a stop: nothing is left to generate."""
-
-
 def written(model, tokenizer, prompts, room, policy, stops, savings):
-    """Continue prompts (lists of ids) greedily -> their texts, cut at the first stop string. A text that has met one
-    runs along, unread, until the last of its batch has."""
-    ends, new, ended = set(model.config.eos_ids), [[] for _ in prompts], set()
+    """Continue prompts (lists of ids) greedily -> their texts, cut at the first stop string, where a text leaves its
+    batch: what would come behind is neither ranked nor counted."""
+    ends, new = set(model.config.eos_ids), [[] for _ in prompts]
 
-    def take(i, token):
-        if i not in ended:
-            new[i].append(token)
-            if token in ends or any(stop in decode(tokenizer, new[i], special=True) for stop in stops):
-                ended.add(i)
-        if len(ended) == len(prompts):
-            raise AllEnded
+    def met(i, token):
+        new[i].append(token)
+        return any(stop in decode(tokenizer, new[i], special=True) for stop in stops)
 
-    count = lambda trace: savings.add(trace, "answer" if any(new) else "prompt")
-    with suppress(AllEnded):
-        generate(model, prompts, room, policy, ends, on_token=take, on_pass=count)
+    savings += generate(model, prompts, room, policy, ends, on_token=met).savings
     texts = [decode(tokenizer, [token for token in ids if token not in ends], special=True) for ids in new]
     return [re.split("|".join(map(re.escape, stops)), text)[0] for text in texts]
 

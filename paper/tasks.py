@@ -31,6 +31,7 @@ OTHER_SUBJECTS = ("business_ethics clinical_knowledge college_medicine econometr
                   "moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting "
                   "professional_law professional_medicine professional_psychology public_relations "
                   "security_studies sociology us_foreign_policy virology world_religions").split()
+SUBJECTS = sorted(STEM + OTHER_SUBJECTS)                         # of MMLU, as the hub's "all" has them
 STOPS = ("Question:", "</s>", "<|im_end|>")                      # beside the end token
 
 
@@ -141,7 +142,7 @@ def text(row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generated answers, zero-shot, in the template of training (the paper's Appendix I.2)
+# Generated answers, zero-shot unless asked, in the template of training (the paper's Appendix I.2)
 # ---------------------------------------------------------------------------------------------------------------------
 
 def listed(question, texts):
@@ -150,7 +151,8 @@ def listed(question, texts):
 
 
 def gsm8k(row):
-    return Doc(gold=normalise(row["answer"]), prompt=prompt_text(row["question"]))
+    prompt = prompt_text(row["question"])
+    return Doc(gold=normalise(row["answer"]), shot=f"{prompt} {row['answer']}", prompt=prompt)
 
 
 def csqa_gen(row):
@@ -162,7 +164,8 @@ def mmlu_gen(row):
 
 
 def piqa_gen(row):
-    return Doc(gold=LETTERS[int(row["label"])].lower(), prompt=listed(row["goal"], [row["sol1"], row["sol2"]]))
+    asked = f"{row['goal']}\n 0. {row['sol1']},\n1. {row['sol2']}. In the end, give either 0 or 1 as the answer."
+    return Doc(gold=str(int(row["label"])), prompt=prompt_text(asked))           # the authors' words, and blank
 
 
 def wmt16(row):
@@ -183,11 +186,11 @@ def extract(text, pattern, last=False):
 
 
 NUMBER = dict(strict=r"#### (\-?[0-9\.\,]+)", loose=r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-LETTER = dict(strict=r"#### ([A-E])", loose=r"\b([A-E])\b")
+LETTER = {last: dict(strict=rf"#### ([A-{last}])", loose=rf"\b([A-{last}])\b") for last in "DE"}
 
 TASKS = {
     **{f"mmlu_{name}": Task("choice", f"mmlu/{name}", mmlu, "test", "dev", None, False, subject)
-       for name in sorted(STEM + OTHER_SUBJECTS)},
+       for name in SUBJECTS},
     "hellaswag": Task("choice", "hellaswag", hellaswag, shots="train", draws=1),
     "commonsense_qa": Task("choice", "commonsense_qa", csqa, shots="train", draws=1, norm=False),
     "piqa": Task("choice", "piqa", piqa, shots="train", draws=1),
@@ -195,10 +198,10 @@ TASKS = {
     "winogrande": Task("choice", "winogrande", winogrande, shots="train", draws=1, norm=False),
     "lambada": Task("word", "lambada", lambada, "test"),
     "wikitext": Task("text", "wikitext", text, "test"),
-    "gsm8k": Task("answer", "gsm8k", gsm8k, "test", **NUMBER),
-    "csqa_gen": Task("answer", "commonsense_qa", csqa_gen, **LETTER),
-    "mmlu_gen": Task("answer", "mmlu/all", mmlu_gen, "test", **LETTER),
-    "piqa_gen": Task("answer", "piqa", piqa_gen, **LETTER),
+    "gsm8k": Task("answer", "gsm8k", gsm8k, "test", "train", **NUMBER),
+    "csqa_gen": Task("answer", "commonsense_qa", csqa_gen, **LETTER["E"]),
+    "mmlu_gen": Task("answer", "mmlu/all", mmlu_gen, "test", **LETTER["D"]),
+    "piqa_gen": Task("answer", "piqa", piqa_gen, **NUMBER),
     "wmt16_en_ro": Task("answer", "wmt16", wmt16, "test", stops=("\n",), bleu=True),
 }
 GROUPS = {"mmlu": [name for name in TASKS if name.startswith("mmlu_") and name != "mmlu_gen"],

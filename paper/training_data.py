@@ -31,15 +31,24 @@ FINEWEB = "HuggingFaceFW/fineweb@9bb295ddab0e05d785b879661af7260fed5140fc/sample
 WMT16 = "wmt/wmt16/ro-en"
 
 
+def newest(repo):
+    """The newest commit of a data set on the hub. It is printed: tomorrow it may be another."""
+    from huggingface_hub import HfApi
+    commit = HfApi().dataset_info(repo).sha
+    tqdm.write(f"reading {repo}@{commit}")
+    return commit
+
+
 def from_hub(repo, split="train"):
     """Paths of a data set's parquet files of one split, downloaded into the hub's cache. InputError if it cannot be."""
     try:
         from huggingface_hub import HfApi, hf_hub_download
-        names = sorted(name for name in HfApi().list_repo_files(repo, repo_type="dataset")
+        at = dict(repo_type="dataset", revision=newest(repo))
+        names = sorted(name for name in HfApi().list_repo_files(repo, **at)
                        if name.endswith(".parquet") and split in name)
         if not names:
             raise FileNotFoundError(f"no .parquet file of {split}")
-        return [hf_hub_download(repo, name, repo_type="dataset") for name in names]
+        return [hf_hub_download(repo, name, **at) for name in names]
     except Exception as error:  # of many kinds: no network, no such data set, a licence
         raise InputError(f"{repo} cannot be had from the hub ({' '.join(str(error).split())[:120]}): download its "
                          "files and name them by --gsm8k and --commonsense-qa") from None
@@ -63,6 +72,9 @@ def row_groups(folder):
     """The rows of all parquet files in a folder of the hub, dicts, in order; only what is asked for is transferred."""
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
+    owner, repo, inside = folder.split("/", 2)
+    if "@" not in repo:
+        folder = f"{owner}/{repo}@{newest(f'{owner}/{repo}')}/{inside}"
     files = HfFileSystem()
     for name in sorted(files.glob(f"datasets/{folder}*.parquet") or files.glob(f"datasets/{folder}/*.parquet")):
         with files.open(name) as file:

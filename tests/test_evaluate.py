@@ -9,7 +9,8 @@ import torch
 
 from conftest import VOCAB, build, complaint, frozen, gemma, llama, tokens
 from gates import SkipPolicy
-from load_weights import load_tokenizer, save_model
+from generate import Generation, generate
+from load_weights import load_model, load_tokenizer, save_model
 from savings import Savings
 from thresholds import make_policy
 from toy_runs import ROOT, TINY, toy, words
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "paper"))
 import evaluate
 import score
 import task_scores
+import task_table
 from score import batches, common, encode_pair, log_likelihoods
 from tasks import TASKS, Doc
 
@@ -53,9 +55,9 @@ def same(a, b, tolerance=1e-8):
                for x, y in zip(a, b, strict=True))
 
 
-def run_all(model, policy, size, share=True):
-    savings = Savings(model.config)
-    return log_likelihoods(model, policy, questions(), size, savings, share), savings.report()
+def run_all(model, policy, size, share=True, order=None):
+    savings, asked = Savings(model.config), questions()
+    return log_likelihoods(model, policy, [asked[i] for i in order or range(7)], size, savings, share), savings.report()
 
 
 @torch.no_grad()
@@ -71,6 +73,18 @@ def test_frozen_scores_are_those_of_a_plain_loop(family, kind):
             found, saved = run_all(model, policy, size, share)
             assert same(found, wanted), (size, share)
             assert (saved["skipped"] > 0.1) == (kind == "frozen")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["none", "frozen"])
+def test_frozen_scores_do_not_depend_on_the_order(kind):
+    """A score, or a saving, that another order of the questions changes."""
+    model = build(llama(max_position_embeddings=32))
+    policy = SkipPolicy() if kind == "none" else frozen(model, tokens(3, 12))
+    found, saved = run_all(model, policy, 3)
+    for order in ([6, 5, 4, 3, 2, 1, 0], [3, 0, 6, 2, 5, 1, 4]):
+        others, again = run_all(model, policy, 3, order=order)
+        assert same(others, [found[i] for i in order]) and again["skipped"] == saved["skipped"]
 
 
 @torch.no_grad()
@@ -150,13 +164,16 @@ def test_windows_score_each_token_once():
 
 
 def test_groups_are_micro_means():
-    """A subject of 100 questions that weighs as much as one of 300."""
-    three = dict.fromkeys(evaluate.NUMBERS, 0.1)
-    rows = [{"task": name, "budget": 1.0, "n": 300, "acc": 0.0, **three} for name in evaluate.GROUPS["mmlu_stem"]]
-    rows[0] |= {"n": 100, "acc": 1.0}
-    row, = evaluate.grouped(rows)
-    assert row["n"] == 5500 and row["acc"] == pytest.approx(100 / 5500) and row["skipped"] == pytest.approx(0.1)
-    assert evaluate.grouped(rows[1:]) == []
+    """A subject of 100 questions that weighs as much as one of 300; savings that count questions, and not work."""
+    three = {key: value for pair in zip(task_table.WEIGHTS.items(), (900, 2, 5000)) for key, value in zip(
+        pair[0], (0.1, pair[1]))}
+    rows = [{"task": name, "budget": 1.0, "n": 300, "acc": 0.0, **three} for name in task_table.GROUPS["mmlu_stem"]]
+    rows[0] |= {"n": 100, "acc": 1.0, "pairs": 1800, "calls": 4, "macs_dense": 30_000, **dict.fromkeys(
+        task_table.WEIGHTS, 0.4)}
+    row, = task_table.grouped(rows)
+    assert row["n"] == 5500 and row["acc"] == pytest.approx(100 / 5500)
+    assert [row[key] for key in task_table.WEIGHTS] == pytest.approx([0.1 + 0.3 * x for x in (2 / 20, 2 / 20, 6 / 24)])
+    assert task_table.grouped(rows[1:]) == []
 
 
 # Generated answers.
@@ -168,17 +185,39 @@ def test_a_text_ends_at_its_stop_and_stops_nobody_else(tmp_path, monkeypatch):
     says = {0: "One.Question: two three", 1: "A longer answer than the other one", 2: "Ends here"}
     ids = {i: score.encode(tokenizer, text, front=False) for i, text in says.items()}
     ids[2] = ids[2] + [model.config.eos_ids[0], 5, 5]
-    given = []
+    given = [0, 0, 0]
 
-    def generate(model, prompts, room, policy, ends, on_token, on_pass):
-        for step in range(room):
-            for i in range(len(prompts)):
-                if step < len(ids[i]):
-                    given.append(step)
-                    on_token(i, ids[i][step])
+    def generate(model, prompts, room, policy, ends, on_token):
+        for i in range(len(prompts)):
+            for token in ids[i][:room]:
+                given[i] += 1
+                if on_token(i, token) or token in ends:
+                    break
+        return Generation([], Savings(model.config), [])
     monkeypatch.setattr(task_scores, "generate", generate)
-    texts = task_scores.written(model, tokenizer, [[1], [1], [1]], 100, None, ("Question:", "</s>"), None)
-    assert texts == ["One.", says[1], says[2]] and max(given) == len(ids[1]) - 1
+    counted = Savings(model.config)
+    texts = task_scores.written(model, tokenizer, [[1], [1], [1]], 100, None, ("Question:", "</s>"), counted)
+    assert texts == ["One.", says[1], says[2]] and given[0] < len(ids[0]) and given[1] == len(ids[1])
+    assert given[2] == len(ids[2]) - 2
+
+
+def test_what_follows_a_stop_is_not_counted(base):
+    """A text that ran on, ranked and counted, until the longest of its batch had ended."""
+    model, tokenizer = load_model(base / "run"), load_tokenizer(base / "run")
+    policy, prompts = make_policy(model.config, "frozen", 0.7), [score.encode(tokenizer, text) for text in (
+        "Tom has 3 pens", "Ann")]
+    found, (early, late) = [], generate(model, prompts, 12, policy).tokens
+    stops = (task_scores.decode(tokenizer, early[:3], special=True),)
+    assert stops[0] not in task_scores.decode(tokenizer, late, special=True)
+    for asked in ([prompts[0]], [prompts[1]], prompts):
+        found.append(savings := Savings(model.config))
+        task_scores.written(model, tokenizer, asked, 12, policy, stops, savings)
+    one, other, both = (savings.report() for savings in found)
+    assert one["answer"]["pairs"] == 2 * 4 and other["answer"]["pairs"] == 11 * 4
+    for part in ("prompt", "answer"):
+        kept = [(1 - r[part]["skipped"]) * r[part]["pairs"] for r in (one, other, both)]
+        assert both[part]["pairs"] == one[part]["pairs"] + other[part]["pairs"]
+        assert kept[0] + kept[1] == pytest.approx(kept[2])
 
 
 # The command.
@@ -207,7 +246,7 @@ def base(tmp_path_factory):
 
 def command(base, out, *switches, **flags):
     return words(*switches, **{"model": base / "run", "data": base, "out": out, "batch_size": 3, "max_new_tokens": 6,
-                               **flags})
+                               "shots": 0, **flags})
 
 
 def stored(out):
@@ -221,6 +260,11 @@ def test_the_command(base, tmp_path, capsys, monkeypatch):
     rows, printed = stored(tmp_path / "a.json"), capsys.readouterr().out
     assert [(r["task"], r["budget"], r["n"]) for r in rows] == [(t, b, 4) for t in tasks[1:] for b in (1.0, 0.7)]
     assert all((r["skipped"] > 0.05) == (r["budget"] < 1) for r in rows)
+    whole = json.loads((tmp_path / "a.json").read_text())        # what is printed is stored, too
+    assert whole["groups"] == [] and whole["exactly_at"][0] == whole["exactly_at"][1] - 0.05 == 0.0
+    assert whole["exactly"]["skipped"]["piqa"][0] == rows[0]["acc"]
+    assert whole["exactly"]["macs_saved"]["gsm8k"][-1] is None
+    assert {"python", "torch", "tokenizers", "commit"} == set(rows[0]["versions"])
     for r in rows[:2]:
         assert r["acc"] == sum(max(range(2), key=s.__getitem__) == i % 2 for i, s in enumerate(r["scores"])) / 4
     assert "score at exactly" in printed and all(printed.count(f"\n{t} ") == 4 for t in tasks[1:])
@@ -275,6 +319,8 @@ def test_chance_does_not_depend_on_the_tasks_before(base, tmp_path):
 
 @pytest.mark.parametrize("switches, flags, said", [
     (("--tasks", "piqa", "nothing"), {}, "--tasks nothing: not known"),
+    (("--tasks", "lambada"), dict(shots=1), "--shots 1: lambada has no examples: leave --shots out, or lambada"),
+    (("--tasks", "csqa_gen"), dict(shots=5), "--shots 5: csqa_gen has no examples"),
     (("--tasks", "piqa"), dict(shots=1), "train.jsonl, train.jsonl would do, and the hub's baber/piqa cannot be had"),
     (("--tasks", "piqa", "--budgets", "0.2"), {}, "--budgets 0.2 is below"),
     (("--tasks", "piqa"), dict(batch_size=0), "--batch-size")])
@@ -284,6 +330,46 @@ def test_bad_input(base, tmp_path, monkeypatch, switches, flags, said):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
     argv = command(base, tmp_path / "a.json", *switches, **flags)
     assert said in complaint(evaluate.main, argv) and not (tmp_path / "a.json").exists()
+
+
+def test_five_examples_where_choices_are_scored(base, tmp_path):
+    """A default of none, where the harness and the paper ask with five; a row that does not say whence they came."""
+    for file, source in (("piqa_train.jsonl", "piqa_valid.jsonl"), ("train.jsonl", "test.jsonl")):
+        shutil.copy(base / source, tmp_path / file)
+    for file in ("piqa_valid.jsonl", "lambada_test.jsonl", "test.jsonl"):
+        shutil.copy(base / file, tmp_path)
+    argv = words("--tasks", "piqa", "lambada", "gsm8k", "--budgets", "1.0", model=base / "run", data=tmp_path, limit=2,
+                 max_new_tokens=2, out=tmp_path / "a.json")
+    assert evaluate.main(argv) == 0
+    rows = stored(tmp_path / "a.json")
+    assert [r["shots"] for r in rows] == [5, 0, 0]
+    assert [r["examples"] for r in rows] == [str(tmp_path / "piqa_train.jsonl"), "", ""]
+    assert evaluate.main([*argv, "--shots", "2", "--out", str(tmp_path / "b.json"), "--tasks", "gsm8k"]) == 0
+    assert stored(tmp_path / "b.json")[0]["examples"] == str(tmp_path / "train.jsonl")
+
+
+def test_tokens_across_the_border_are_counted(base, tmp_path, monkeypatch, capsys):
+    """A continuation that lost its first letters to the context's last token, without a word."""
+    model, tokenizer = load_model(base / "run"), load_tokenizer(base / "run")
+    args = evaluate.parse_args(command(base, tmp_path / "a.json", tasks="piqa"))
+    args.bos_id, docs = None, [Doc((("Answ", "er: 36"), ("Answer:", " 36")), 0)]
+    asked, straddled = task_scores.asked_of(model, tokenizer, TASKS["piqa"], docs, args)
+    assert straddled == 1 and len(asked[0]) == 2
+    real = evaluate.asked_of
+    monkeypatch.setattr(evaluate, "asked_of", lambda *args: (real(*args)[0], 3))
+    evaluate.main(command(base, tmp_path / "a.json", "--budgets", "1.0", tasks="piqa"))
+    assert stored(tmp_path / "a.json")[0]["straddled"] == 3
+    assert "piqa: 3 continuations begin within a token" in capsys.readouterr().err
+
+
+def test_rows_of_an_older_version(base, tmp_path):
+    """Rows whose savings count what ran behind a stop, beside others; or called damaged."""
+    argv = command(base, tmp_path / "a.json", "--budgets", "1.0", tasks="piqa")
+    evaluate.main(argv)
+    whole = json.loads((tmp_path / "a.json").read_text())
+    del whole["made_with"]["format"], whole["rows"][0]["pairs"], whole["rows"][0]["macs_dense"]
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert "holds rows of other settings (format None, now 2)" in complaint(evaluate.main, argv)
 
 
 def test_questions_that_have_changed(base, tmp_path):
@@ -337,6 +423,6 @@ def test_files_of_others(base, tmp_path):
     assert "no file of this program" in complaint(evaluate.main, command(base, tmp_path / "theirs.json", tasks="piqa"))
     evaluate.main(command(base, tmp_path / "a.json", "--budgets", "1.0", tasks="piqa"))
     whole = json.loads((tmp_path / "a.json").read_text())
-    del whole["rows"][0]["skipped"]
+    del whole["rows"][0]["macs_dense"]
     (tmp_path / "a.json").write_text(json.dumps(whole))
     assert "is damaged" in complaint(evaluate.main, command(base, tmp_path / "a.json", tasks="piqa"))

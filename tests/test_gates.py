@@ -141,6 +141,12 @@ def test_four_tokens_by_hand():
     scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
     assert quantile_threshold(scores, 0.25).item() == pytest.approx(0.175, abs=1e-12)
     assert select_tokens(scores, 0.75).tolist() == [[False, True, True, True]]
+    # beside four rows of padding that nobody masks tau is 0.05: they take the whole budget, and masked none of it
+    padded, real = torch.cat([scores, scores.new_full((1, 4), 0.05)], 1), torch.tensor([[True] * 4 + [False] * 4])
+    assert quantile_threshold(padded, 0.25).item() == pytest.approx(0.05, abs=1e-12)
+    assert select_tokens(padded, 0.75).tolist() == [[True] * 4 + [False] * 4]
+    assert quantile_threshold(padded, 0.25, real).item() == pytest.approx(0.175, abs=1e-12)
+    assert select_tokens(padded, 0.75, real).tolist() == [[False, True, True, True] + [False] * 4]
 
 
 @pytest.mark.parametrize("scores, q", [([], 0.5), ([0.1], -0.01), ([0.1], 1.01), ([0.1], math.nan)])

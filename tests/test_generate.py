@@ -303,6 +303,16 @@ def test_tokens_are_announced_in_order():
     assert len(heard) < 28
 
 
+def test_a_prompt_ends_where_the_listener_says_so():
+    """A text that has met its stop string and goes on being ranked and counted; an end of its neighbours, too."""
+    model, heard = build(llama()), []
+    whole = generate(model, prompts_of(), 7)
+    cut = generate(model, prompts_of(), 7, on_token=lambda i, token: heard.append(i) or heard.count(1) == 3 and i == 1)
+    assert cut.tokens == [new[:3] if i == 1 else new for i, new in enumerate(whole.tokens)]
+    assert whole.savings.report()["pairs"] - cut.savings.report()["pairs"] == 4 * 8
+    assert len(cut.ran[1]) == len(whole.ran[1]) - 4
+
+
 def test_what_cannot_be_generated_is_refused():
     """Reading beyond the last position, an empty batch, a traceback for an empty prompt; a limit one too strict."""
     model = build(llama(max_position_embeddings=12))

@@ -1,7 +1,6 @@
 """tasks.py and task_rows.py: prompts to the letter, examples as the harness draws them, and every published format."""
 import bz2
 import json
-import random
 import re
 import sys
 
@@ -14,7 +13,8 @@ sys.path.insert(0, str(ROOT / "paper"))
 
 import task_rows
 from task_rows import options, rows
-from tasks import GROUPS, STEM, TASKS, clean, expand, extract, normalise, with_examples
+from task_table import grouped
+from tasks import GROUPS, STEM, SUBJECTS, TASKS, clean, expand, extract, normalise, with_examples
 
 STRICT, LOOSE = TASKS["gsm8k"].strict, TASKS["gsm8k"].loose
 
@@ -24,18 +24,21 @@ STRICT, LOOSE = TASKS["gsm8k"].strict, TASKS["gsm8k"].loose
 @pytest.mark.parametrize("name, n, draws", [
     ("commonsense_qa", 9741, ([7220, 1914, 122, 1485, 9539], [1375, 1612, 5810, 3879, 285])),
     ("hellaswag", 39905, ([28883, 7657, 490, 5940, 38156],)), ("winogrande", 40398, ([28883, 7657, 490, 5940, 38156],)),
-    ("piqa", 16113, ([15834, 12749, 7220, 1914, 122],)), ("openbookqa", 4957, ([3610, 957, 61, 742, 4769],))])
+    ("piqa", 16113, ([15834, 12749, 7220, 1914, 122],)), ("openbookqa", 4957, ([3610, 957, 61, 742, 4769],)),
+    ("gsm8k", 7473, ([6374, 3610, 957, 61, 742],))])
 def test_examples_are_those_of_the_harness(name, n, draws):
-    """Another seed, one draw for all questions, a sixth example where the harness draws five, or the other way."""
-    draw = random.Random(1234)
-    for wanted in draws:
-        drawn = draw.sample(range(n), 5 + TASKS[name].draws)[:5]
+    """Another seed, one draw for all questions or a seed for each, a sixth example where the harness draws five, or the
+    other way."""
+    asked, others = ([row_of(name, i) for i in range(*ends)] for ends in ((n, n + len(draws)), (0, n)))
+    for doc, wanted in zip(with_examples(TASKS[name], asked, others, 5), draws, strict=True):
+        *drawn, _ = map(int, re.findall(r"\d+", doc.prompt or doc.pairs[0][0]))
         assert drawn == wanted
 
 
 def row_of(name, i):
-    return {"hellaswag": {"activity_label": f"L{i}", "ctx_a": "A man.", "ctx_b": "HE", "endings": list("abcd"),
+    return {"hellaswag": {"activity_label": f"L{i}", "ctx_a": "So.", "ctx_b": "the MAN Walks", "endings": list("abcd"),
                           "label": "1"},
+            "gsm8k": {"question": f"q{i}", "answer": "so\n#### x"},
             "piqa": {"goal": f"goal {i}", "sol1": "x", "sol2": "y", "label": 1},
             "commonsense_qa": {"question": f"q{i} ", "choices": {"label": list("ABCDE"), "text": list("vwxyz")},
                                "answerKey": "C"},
@@ -47,7 +50,7 @@ def row_of(name, i):
 
 
 EXPECTED = {
-    "hellaswag": ("L0: A man. He", (" a", " b", " c", " d"), 1, "L7: A man. He b\n\n"),
+    "hellaswag": ("L0: So. The man walks", (" a", " b", " c", " d"), 1, "L7: So. The man walks b\n\n"),
     "piqa": ("Question: goal 0\nAnswer:", (" x", " y"), 1, "Question: goal 7\nAnswer: y\n\n"),
     "commonsense_qa": ("Question: q0\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer:", (" A", " B", " C", " D", " E"), 2,
                        "Question: q7\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer: C\n\n"),
@@ -106,7 +109,12 @@ def test_golds():
     assert letter.prompt == "Question: q0 \nA: v\nB: w\nC: x\nD: y\nE: z\nAnswer:" and letter.gold == extract(
         "so\n#### C", TASKS["csqa_gen"].strict)
     assert with_examples(TASKS["mmlu_gen"], [row_of("mmlu_anatomy", 0)])[0].gold == "c"
-    assert with_examples(TASKS["piqa_gen"], [row_of("piqa", 0)])[0].gold == "b"
+    assert extract("#### E, or #### D", TASKS["mmlu_gen"].strict) == "d"         # an answer that is no choice
+    either = with_examples(TASKS["piqa_gen"], [row_of("piqa", 0)])[0]
+    assert either.prompt == ("Question: goal 0\n 0. x,\n1. y. In the end, give either 0 or 1 as the answer.\nAnswer:")
+    assert either.gold == extract("so\n#### 1", TASKS["piqa_gen"].strict) == "1"
+    shot = with_examples(TASKS["gsm8k"], [row_of("gsm8k", 0)], [row_of("gsm8k", 7)], 1)[0]
+    assert shot.prompt == "Question: q7\nAnswer: so\n#### x\n\nQuestion: q0\nAnswer:"
     pair = {"translation": {"en": "A cat.", "ro": "O pisică."}}
     doc = with_examples(TASKS["wmt16_en_ro"], [pair])[0]
     assert (doc.prompt, doc.gold) == ("translate English to Romanian: A cat.\n", "O pisică.")
@@ -128,6 +136,23 @@ def test_wikitext_is_scored_as_prose():
     assert doc.pairs == (("", " = A == B =\nTim, Jr., was 1,000 (or 5-6.5); he said \"no!\" at 4°C or 1 times\n"
                               "the dogs'bone's"),)
     assert doc.size == row["text"]
+
+
+STEM_SIZES = dict(                                               # questions in each test file, as published
+    abstract_algebra=100, anatomy=135, astronomy=152, college_biology=144, college_chemistry=100,
+    college_computer_science=100, college_mathematics=100, college_physics=102, computer_security=100,
+    conceptual_physics=235, electrical_engineering=145, elementary_mathematics=378, high_school_biology=310,
+    high_school_chemistry=203, high_school_computer_science=100, high_school_mathematics=270, high_school_physics=151,
+    high_school_statistics=216, machine_learning=112)
+
+
+def test_mmlu_stem_has_3153_questions():
+    """A subject lost, or another in its place; a macro mean, in which 100 questions weigh as much as 300."""
+    assert set(STEM_SIZES) == set(STEM) and sum(STEM_SIZES.values()) == 3153
+    row = lambda name, n, acc: {"task": f"mmlu_{name}", "budget": 1.0, "n": n, "acc": acc, "pairs": n, "calls": 1,
+                                "macs_dense": n, "skipped": 0.0, "skipped_per_call": 0.0, "macs_saved": 0.0}
+    whole, = grouped([row(name, n, float(name == "anatomy")) for name, n in STEM_SIZES.items()])
+    assert whole["n"] == 3153 and whole["acc"] == pytest.approx(135 / 3153)
 
 
 # Files.
@@ -206,6 +231,42 @@ def test_the_folder_of_a_data_set_comes_first(tmp_path):
     write(tmp_path / "piqa" / "train.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y", "label": 0}\n')
     assert rows("piqa", "train", tmp_path)[0][0]["goal"] == "g"
     assert rows("gsm8k", "train", tmp_path)[0][0]["question"] == "q"
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    """GSM8K's train.jsonl beside the folders, in PIQA's way, and not a word of how to get it out."""
+    write(tmp_path / "train.jsonl", '{"question": "q", "answer": "a"}\n')
+    told = complaint(rows, "piqa", "train", tmp_path)
+    assert told.endswith(f"it has question, answer; if it is of gsm8k, move it into {tmp_path / 'gsm8k'}")
+    write(tmp_path / "gsm8k" / "train.jsonl", (tmp_path / "train.jsonl").read_text())
+    (tmp_path / "train.jsonl").unlink()
+    assert task_rows.find_local("piqa", "train", tmp_path) is None and rows("gsm8k", "train", tmp_path)[0]
+
+
+@pytest.mark.parametrize("where", ["test", "mmlu/test", "mmlu", "."])
+def test_all_of_mmlu_is_its_subjects(tmp_path, where):
+    """A file that nobody published asked for; 56 subjects taken for 57; another order than the hub's."""
+    for name in reversed(SUBJECTS):
+        write(tmp_path / where / f"{name}_test.csv", f"of {name},1,2,3,4,D\n")
+    found, origin = rows("mmlu/all", "test", tmp_path)
+    assert [row["subject"] for row in found] == SUBJECTS == sorted(SUBJECTS) and len(SUBJECTS) == 57
+    assert found[3]["question"] == f"of {SUBJECTS[3]}" and origin == str(tmp_path)
+    (tmp_path / where / "virology_test.csv").unlink()
+    assert task_rows.find_local("mmlu/all", "test", tmp_path) is None
+
+
+def test_the_hubs_commit_is_recorded(tmp_path, monkeypatch):
+    """The name of a blob in the hub's cache, to which its link leads, in the place of the commit."""
+    def cached(repo, file, repo_type, revision):
+        link = tmp_path / "snapshots" / revision / file
+        write(tmp_path / "blobs" / "0123456789abcdef", '{"text": "a b"}\n')
+        link.parent.mkdir(parents=True)
+        link.symlink_to(tmp_path / "blobs" / "0123456789abcdef")
+        return str(link)
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    assert rows("lambada", "test") == ([{"text": "a b"}], "EleutherAI/lambada_openai@"
+                                       f"{task_rows.SOURCES['lambada'].revision}")
 
 
 def test_other_texts_than_the_hubs_are_told(tmp_path, capsys):

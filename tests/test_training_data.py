@@ -1,6 +1,7 @@
 """training_data.py: the paper's counts from files of the real sizes, what is held out, and the hub's ways to fail."""
 import json
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -81,7 +82,7 @@ def shards(tmp_path):
     found, page = {}, lambda *texts: [{"text": text, "url": "u"} for text in texts]
     for name, rows in ((f"{training_data.FINEWEB}/000", page("aaaa", "b", "cccc")),
                        (f"{training_data.FINEWEB}/001", page("dddd", "e", "ffff")),
-                       ("wmt/wmt16/ro-en/train-0", [{"translation": {"en": f"e{i}", "ro": f"r{i}"}}
+                       ("wmt/wmt16@5ha/ro-en/train-0", [{"translation": {"en": f"e{i}", "ro": f"r{i}"}}
                                                     for i in range(3)])):
         path = tmp_path / f"{len(found)}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
@@ -89,14 +90,38 @@ def shards(tmp_path):
     return found
 
 
-def test_fineweb_and_wmt16(shards, tmp_path, monkeypatch):
+class Api:
+    """What HfApi says of every data set."""
+
+    def dataset_info(self, repo):
+        return SimpleNamespace(sha="5ha")
+
+    def list_repo_files(self, repo, repo_type, revision):
+        return [f"data/{split}-0.parquet" for split in ("train", "test")]
+
+
+def test_traces_are_read_at_one_commit(files, tmp_path, monkeypatch, capsys):
+    """A listing of one commit and files of another, or a commit that nobody can look up afterwards."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, repo_type, revision: (
+        asked.append((name, revision)), files[1 if "gsm8k" in repo else 3])[1])
+    assert training_data.main(["traces", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert asked == [("data/train-0.parquet", "5ha")] * 2
+    out = capsys.readouterr().out
+    assert all(f"reading {repo}@5ha\n" in out for repo in training_data.TRACES.values())
+
+
+def test_fineweb_and_wmt16(shards, tmp_path, monkeypatch, capsys):
     """Short documents that come along, a file or a row group left out, a limit that is none."""
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: Hub(shards))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     made = lambda *argv: (training_data.main([*argv, "--out", str(tmp_path / f"{len(argv)}.jsonl")]),
                           load_examples(str(tmp_path / f"{len(argv)}.jsonl")))[1]
     assert made("fineweb", "--min-chars", "2") == ["aaaa", "cccc", "dddd", "ffff"]
     assert made("fineweb", "--min-chars", "2", "--n", "3") == ["aaaa", "cccc", "dddd"]
     assert made("wmt16") == [f"translate English to Romanian: e{i}\nr{i}" for i in range(3)]
+    assert "reading wmt/wmt16@5ha\n" in capsys.readouterr().out
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: Hub(shards, broken=True))
     out = tmp_path / "cut.jsonl"
     told = complaint(training_data.main, ["fineweb", "--min-chars", "2", "--out", str(out)])
