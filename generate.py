@@ -90,12 +90,12 @@ def generate(model, prompts, max_new_tokens, policy=None, eos_ids=(), sampling=S
         calls.append((active, trace.valid, torch.stack(trace.keep).float().mean(0)))                  # (B, S)
         ids, valid = sampling.draw(logits)[:, None], None        # A2 line 16: (B, 1)
         new = ids[:, 0].tolist()                                 # a host synchronisation; compact has one a branch too
-        going = []
-        for row, (i, token) in enumerate(zip(active, new)):
+        stopped = set()
+        for i, token in zip(active, new):
             tokens[i].append(token)
-            ended = on_token is not None and on_token(i, token)
-            if not ended and token not in eos_ids:
-                going.append(row)
+            if on_token is not None and on_token(i, token):
+                stopped.add(i)
+        going = [row for row, token in enumerate(new) if token not in eos_ids and active[row] not in stopped]
         if not going:
             break
         # A2 line 14, once a step: printed before line 15, inside the loop over layers, where no token is out yet

@@ -63,7 +63,7 @@ BUGS = {
                                   f"rotate(k, *({COMPACTED}))")]},
     12: {generate: [("for i, token in zip(active, new):",
                      "for i, token in [(i, t) for i, t in zip(active, new) if not set(tokens[i]) & set(eos_ids)]:"),
-                    ("[row for row, token in enumerate(new) if token not in eos_ids]",
+                    ("[row for row, token in enumerate(new) if token not in eos_ids and active[row] not in stopped]",
                      "[row for row, i in enumerate(active) if not set(tokens[i]) & set(eos_ids)]"),
                     ("if len(going) < len(active):", "if False:")]},
 }

@@ -133,7 +133,7 @@ def commands(model, folder, out):
         "own text": (own_text.main, words(write_with=folder, n=3, max_new_tokens=5, batch_size=2, out=out / "o.jsonl")),
         "loss": (answer_loss.main, words("--policies", "frozen", "random", reference=folder, out=rows, **few)),
         "last word": (evaluate.main, words(selector="batch", model=model, tasks="lambada", data=out.parent, out=rows)),
-        "choices": (evaluate.main, words(model=model, tasks="piqa", data=out.parent, out=rows)),
+        "choices": (evaluate.main, words(model=model, tasks="piqa", shots=0, data=out.parent, out=rows)),
         "figure": (figure4_token_types.main, words(model=model, limit=3, out=out / "types.png")),
         "value": (gate_value.main, words(model=model, limit=3, out=out / "value.png")),
         "pruned": (shortgpt.main, words(blocks=1, out=out / "pruned", **few)),
@@ -155,9 +155,11 @@ def test_command(runs, folder, tmp_path, capsys, what):
     made, line = [], lambda row: 2 * (json.dumps(row) + "\n")
     (tmp_path / "piqa_valid.jsonl").write_text(line({"goal": "Tom has", "sol1": "9 pens", "sol2": "red", "label": 0}))
     (tmp_path / "lambada_test.jsonl").write_text(line({"text": "Ann has 9 red pens"}))
+    model = runs("global", "cpu")[0]
+    capsys.readouterr()                                          # what its training printed, if it is the first to ask
     for device in BOTH:
         (out := tmp_path / device).mkdir()
-        main, flags = commands(runs("global", "cpu")[0], folder, out)[what]
+        main, flags = commands(model, folder, out)[what]
         assert not on(device, main, [*flags, "--device", device])[0]
         printed = re.sub(r"[\d.]+ (s|tokens/s)\b", "", capsys.readouterr().out)
         files = {path.relative_to(out): result(json.loads(path.read_text())) if path.suffix == ".json" else
