@@ -115,7 +115,10 @@ def fill(args, names):
         if shots and not task.shots:
             raise InputError(f"--shots {shots}: {name} has no examples: leave --shots out, or {name}")
         found, origin = rows_of(task.rows, task.split, args.data)
-        others, theirs = rows_of(task.rows, task.shots, args.data) if shots else ((), "")
+        try:
+            others, theirs = rows_of(task.rows, task.shots, args.data) if shots else ((), "")
+        except InputError as error:
+            raise InputError(f"{error}; or --shots 0, without examples") from None
         if shots and len(others) < shots + (task.draws or 0):
             raise InputError(f"--shots {shots}: {name} has only {len(others)} examples to draw from")
         docs[name] = with_examples(task, found[:args.limit or None], others, shots, args.seed)

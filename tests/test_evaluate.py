@@ -322,6 +322,7 @@ def test_chance_does_not_depend_on_the_tasks_before(base, tmp_path):
     (("--tasks", "lambada"), dict(shots=1), "--shots 1: lambada has no examples: leave --shots out, or lambada"),
     (("--tasks", "csqa_gen"), dict(shots=5), "--shots 5: csqa_gen has no examples"),
     (("--tasks", "piqa"), dict(shots=1), "train.jsonl, train.jsonl would do, and the hub's baber/piqa cannot be had"),
+    (("--tasks", "piqa"), dict(shots=1), "or --shots 0, without examples"),
     (("--tasks", "piqa", "--budgets", "0.2"), {}, "--budgets 0.2 is below"),
     (("--tasks", "piqa"), dict(batch_size=0), "--batch-size")])
 def test_bad_input(base, tmp_path, monkeypatch, switches, flags, said):
