@@ -136,10 +136,11 @@ def calibrate(model, sequences, budgets, skip="all", kv="copy_up", realised=None
         in_use = lambda table: realised(SkipPolicy("frozen", budget, skip, kv, thresholds=spread(table, branches)))
         result["thresholds"][key], got, q = search(table_at, in_use, target, q, tolerance, rounds)
         result["realised"][key], correction = got, q / (1.0 - budget)
-        missed = abs(got - target) > tolerance
-        result["missed"] |= {key: target} if missed else {}
-        print(f"calibrated budget {budget:.2f}: skips {got:.1%} of {what} in texts that it continues"
-            + missed * f"  target {target:.1%} NOT reached: the nearest of {rounds} tries")
+        line = f"calibrated budget {budget:.2f}: skips {got:.1%} of {what} in texts that it continues"
+        if abs(got - target) > tolerance:
+            result["missed"][key] = target
+            line += f"  target {target:.1%} NOT reached: the nearest of {rounds} tries"
+        print(line)
     if quantile is not None:
         result["thresholds"]["1.0"] = min(result["thresholds"].values())
     return result
