@@ -66,7 +66,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--model", required=True, help="folder, a run's --out, or hub id, with gates or without")
     add("--tasks", nargs="+", required=True, metavar="TASK",
-        help=f"{', '.join(name for name in TASKS if not name.startswith('mmlu_') or name == 'mmlu_gen')}, a subject as "
+        help=f"{', '.join(name for name in TASKS if not name.startswith('mmlu_') or 'gen' in name)}, a subject as "
         f"mmlu_anatomy, or a group: {', '.join(GROUPS)}")
     add("--budgets", type=check_budget, nargs="+", help="default: those that the model is calibrated for, and 1.0")
     add("--selector", choices=("frozen", "batch", "random"), default="frozen", help="who skips below budget 1.0")

@@ -1,18 +1,30 @@
-"""The frozen thresholds of a model whose weights were changed after training, measured anew at the budgets that it had.
+"""The frozen thresholds of a model, measured anew: on other weights than training left, or on texts of another kind.
+
+    python paper/recalibrate.py --model runs/gated --data texts.jsonl --budgets 0.8 0.6 0.4 --out runs/gated-texts
 
 A threshold is a quantile of scores, and scores are made from states that quantised weights or missing blocks change.
+And of tokens: what skips a fifth of the work in long texts may skip next to none in short questions.
 """
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from console import InputError, pick_device, run
+from flags import Parser, add_machine_flags, whole
+
 import torch
 
 from budgets import realised
-from data import collate
+from data import collate, load_examples
+from disk import check_writable
+from gates import check_budget
+from load_weights import save_model
+from opened import open_with_items, whole_or_none
 from price import RunningQuantile
+from quantized import is_quantized
 from savings import branch_costs
 from thresholds import calibrate, chunks
 
@@ -50,3 +62,44 @@ def recalibrate(model, items):
     print(f"calibrating anew on {len(items)} sequences that the model continues")
     stored.update(calibrate(model, [ids for ids, _ in items], budgets, stored["skip"], stored["kv"],
                             partial(realised, model, items), quantile))
+
+
+def parse_args(argv):
+    p = Parser("Measure the frozen thresholds of a model with gates anew, on other texts.")
+    add = p.add_argument
+    add("--model", required=True, help="folder, a run's --out, or hub id, with gates")
+    add("--data", required=True, help="the texts: arithmetic (its calibration problems), or a .jsonl, .parquet or .txt "
+        "file")
+    add("--limit", type=whole(0), default=64, help="the first N examples of it; 0: all")
+    add("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
+    add("--budgets", type=check_budget, nargs="+", help="default: those that the model is calibrated for")
+    add("--out", required=True, help="the folder to write, which must not exist")
+    add_machine_flags(p)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if os.path.lexists(args.out or "."):
+        raise InputError(f"--out {args.out} exists: give the name of a new folder")
+    check_writable(Path(args.out).parent)
+    device, dtype = pick_device(args.device, args.dtype)
+    if is_quantized(args.model):
+        raise InputError(f"--model {args.model} is quantised: quantize.py measures thresholds, on its --data")
+    examples = load_examples(args.data, "calibration", args.limit or None)
+    model, tokenizer, items, _ = open_with_items(args.model, examples, args.limit, args.seq_len, device, dtype)
+    stored = model.config.gateskip
+    budgets = sorted({*map(str, args.budgets or map(float, stored.get("thresholds", ())))} - {"1.0"})
+    if model.config.gate is None or not budgets:
+        raise InputError(f"--model {args.model} has no gates: train some with train.py" if model.config.gate is None
+                         else f"--model {args.model} is not calibrated: name --budgets below 1")
+    model.config.gateskip = {"skip": "all", "kv": "copy_up"} | stored | {"thresholds": dict.fromkeys(budgets)}
+    recalibrate(model, items)
+    with whole_or_none(args.out):
+        save_model(model, args.out, tokenizer)
+    print(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -103,6 +103,9 @@ evaluated generated-dense "$TUNED" "$GENERATED" 1.0 --max-new-tokens 1024
 evaluated scored "$OUT/fineweb" loglikelihood "1.0 0.85 0.7 0.55 0.4" --selector batch --shots 5
 evaluated scored-random "$MODEL" loglikelihood "0.85 0.7 0.55 0.4" --selector random --shots 5
 evaluated scored-dense "$MODEL" loglikelihood 1.0 --shots 5
+# the authors' job scripts give no examples: which setting are Table 2's figures of?
+evaluated scored-zero "$OUT/fineweb" loglikelihood 1.0 --shots 0
+evaluated scored-zero-dense "$MODEL" loglikelihood 1.0 --shots 0
 # Tables 11 and 12
 evaluated lambada "$OUT/fineweb" lambada "1.0 0.9 0.8 0.7" --selector batch
 evaluated lambada-dense "$MODEL" lambada 1.0

@@ -19,6 +19,7 @@ from toy_runs import ROOT, SCHEDULES, Killed, folder, kill, run, toy, words
 sys.path.insert(0, str(ROOT / "paper"))
 import answer_loss
 import quantize
+import recalibrate
 import shortgpt
 from curves import curves, lines_at, plot
 from opened import dense_macs, open_with_items
@@ -209,6 +210,6 @@ def test_curves_what_lies_between_and_the_picture(tmp_path, monkeypatch):
 def test_the_commands_of_the_readme_parse():
     """A flag that is not there, or no longer."""
     readme = re.sub("--plot \\S+", "", (ROOT / "paper" / "README.md").read_text())       # its folder is not there
-    for script in (shortgpt, quantize, answer_loss):
+    for script in (shortgpt, quantize, recalibrate, answer_loss):
         commands = re.findall(rf"^python paper/{script.__name__}\.py (.*)$", readme, re.M)
         assert commands and all(script.parse_args(flags.split()) for flags in commands)

@@ -86,7 +86,7 @@ def test_every_command_at_toy_size(script, tmp_path, monkeypatch):
     monkeypatch.setattr(budgets, "CONTINUE", 2)
     monkeypatch.setattr(train, "HELD_OUT", 2)
     commands = script("llama-3.2-1b", MODEL=str(tmp_path / "base"))
-    assert [c[0] for c in commands] == ["train.py"] * 4 + ["paper/evaluate.py"] * 9
+    assert [c[0] for c in commands] == ["train.py"] * 4 + ["paper/evaluate.py"] * 11
     for name, *argv in commands:
         main = train.main if name == "train.py" else evaluate.main
         if name == "train.py" and "--steps" in argv:
@@ -94,7 +94,7 @@ def test_every_command_at_toy_size(script, tmp_path, monkeypatch):
         assert main(argv + shlex.split(SMALL[name])) == 0, argv
     results = {path.stem: json.loads(path.read_text())["rows"]
                for path in (tmp_path / "runs" / "llama-3.2-1b").glob("*.json")}
-    assert len(results) == 9 and all(results.values())
+    assert len(results) == 11 and all(results.values())
     assert {r["task"] for r in results["scored"]} >= {"hellaswag", "winogrande", *(f"mmlu_{name}" for name in STEM)}
     assert any(r["skipped"] > 0 for r in results["scored"]) and results["translated"][0]["bleu"] >= 0.0
     assert "sacrebleu" in results["translated"][0]["versions"]
@@ -114,7 +114,7 @@ def test_a_stopped_script_goes_on(script, tmp_path):
     (tmp_path / "other" / "gemma-2-2b" / "traces" / "latest").write_text("step-000500\n")
     first, second, *_ = script("gemma-2-2b", RUNS=str(tmp_path / "other"))
     assert "--resume" in first and "--resume" not in second
-    assert [c[0] for c in script("gemma-2-2b")] == ["paper/evaluate.py"] * 9
+    assert [c[0] for c in script("gemma-2-2b")] == ["paper/evaluate.py"] * 11
 
 
 def test_each_model(script, tmp_path):

@@ -113,6 +113,13 @@ def test_golds():
     either = with_examples(TASKS["piqa_gen"], [row_of("piqa", 0)])[0]
     assert either.prompt == ("Question: goal 0\n 0. x,\n1. y. In the end, give either 0 or 1 as the answer.\nAnswer:")
     assert either.gold == extract("so\n#### 1", TASKS["piqa_gen"].strict) == "1"
+    theirs = with_examples(TASKS["csqa_gen_theirs"], [row_of("commonsense_qa", 0)])[0]
+    assert (theirs.prompt, theirs.gold) == ("Question: q0 \n\nChoices:\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer:", "c")
+    number = with_examples(TASKS["mmlu_gen_theirs"], [row_of("mmlu_anatomy", 0)])[0]
+    assert number.prompt.endswith("\nA. w\nB. x\nC. y\nD. z\nAnswer:") and number.gold == extract(
+        "so\n#### 2", TASKS["mmlu_gen_theirs"].strict) == "2"
+    assert extract("#### C", TASKS["mmlu_gen_theirs"].strict) == "[invalid]"     # letters, which they train on
+    assert (TASKS["wmt16_en_ro_theirs"].split, TASKS["wmt16_en_ro"].split) == ("validation", "test")
     shot = with_examples(TASKS["gsm8k"], [row_of("gsm8k", 0)], [row_of("gsm8k", 7)], 1)[0]
     assert shot.prompt == "Question: q7\nAnswer: so\n#### x\n\nQuestion: q0\nAnswer:"
     pair = {"translation": {"en": "A cat.", "ro": "O pisică."}}
