@@ -1,6 +1,7 @@
 """What these scripts begin with: the file to write, a model, what it reads of a data file (as the table at the end of
 train.py does), and the work that a dense model has with it.
 """
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import torch
 import quantized
 from bench import check_output
 from data import batch_at, collate, encode_all
+from disk import check_writable
+from flags import add_machine_flags, whole
 from load_weights import check_fit, load_model, load_tokenizer, read_json
 from savings import count_macs
 from thresholds import chunks
@@ -33,6 +36,21 @@ def check_own(flag, path, *keys):
         ours = False
     if not ours:
         raise InputError(f"{flag} {path} is no file of this program: give another {flag}")
+
+
+def add_flags_of_a_new_model(p):
+    """--limit and --seq-len of its --data, the --out folder that it goes to, and where it is made."""
+    p.add_argument("--limit", type=whole(0), default=64, help="the first N examples of --data; 0: all")
+    p.add_argument("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
+    p.add_argument("--out", required=True, help="the folder to write, which must not exist")
+    add_machine_flags(p)
+
+
+def check_new(out):
+    """InputError unless a folder of this name can be made."""
+    if os.path.lexists(out or "."):                              # a link that leads nowhere is there, too
+        raise InputError(f"--out {out} exists: give the name of a new folder")
+    check_writable(Path(out).parent)
 
 
 @contextmanager

@@ -5,23 +5,21 @@
 Frozen thresholds are measured anew on --data. Which scripts of this folder open such a folder (opened.py) is told in
 README.md; load_model, and so generate.py and train.py, refuse it.
 """
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, whole
+from flags import Parser
 
 import torch
 
 from data import load_examples
-from disk import check_writable
 from four_bits import bits_on_paper, size_of_blocks
 from linear import Linear
 from load_weights import load_model, load_tokenizer
-from opened import open_with_items, whole_or_none
+from opened import add_flags_of_a_new_model, check_new, open_with_items, whole_or_none
 from quantized import KINDS, QuantLinear, matrices, memory_of, quantize, save_quantized
 from recalibrate import recalibrate
 
@@ -34,10 +32,7 @@ def parse_args(argv):
     add("--double", action="store_true", help="of nf4: the scales in 8 bits, too")
     add("--data", help="measure a gated model's thresholds anew on it: arithmetic (its calibration problems), or a "
         ".jsonl, .parquet or .txt file; without it they are dropped")
-    add("--limit", type=whole(0), default=64, help="the first N examples of it; 0: all")
-    add("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
-    add("--out", required=True, help="the folder to write, which must not exist")
-    add_machine_flags(p)
+    add_flags_of_a_new_model(p)
     args = p.parse_args(argv)
     if args.double and args.kind != "nf4":
         raise InputError(f"--double is for --kind nf4: of {args.kind} the scales stay as they are")
@@ -46,9 +41,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    if os.path.lexists(args.out or "."):                         # a link that leads nowhere is there, too
-        raise InputError(f"--out {args.out} exists: give the name of a new folder")
-    check_writable(Path(args.out).parent)
+    check_new(args.out)
     (device, dtype), items = pick_device(args.device, args.dtype), None
     if args.data:
         examples = load_examples(args.data, "calibration", args.limit or None)

@@ -5,7 +5,6 @@
 A threshold is a quantile of scores, and scores are made from states that quantised weights or missing blocks change.
 And of tokens: what skips a fifth of the work in long texts may skip next to none in short questions.
 """
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,16 +12,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, whole
+from flags import Parser
 
 import torch
 
 from budgets import realised
 from data import collate, load_examples
-from disk import check_writable
 from gates import check_budget
 from load_weights import save_model
-from opened import open_with_items, whole_or_none
+from opened import add_flags_of_a_new_model, check_new, open_with_items, whole_or_none
 from price import RunningQuantile
 from quantized import is_quantized
 from savings import branch_costs
@@ -70,19 +68,14 @@ def parse_args(argv):
     add("--model", required=True, help="folder, a run's --out, or hub id, with gates")
     add("--data", required=True, help="the texts: arithmetic (its calibration problems), or a .jsonl, .parquet or .txt "
         "file")
-    add("--limit", type=whole(0), default=64, help="the first N examples of it; 0: all")
-    add("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
     add("--budgets", type=check_budget, nargs="+", help="default: those that the model is calibrated for")
-    add("--out", required=True, help="the folder to write, which must not exist")
-    add_machine_flags(p)
+    add_flags_of_a_new_model(p)
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if os.path.lexists(args.out or "."):
-        raise InputError(f"--out {args.out} exists: give the name of a new folder")
-    check_writable(Path(args.out).parent)
+    check_new(args.out)
     device, dtype = pick_device(args.device, args.dtype)
     if is_quantized(args.model):
         raise InputError(f"--model {args.model} is quantised: quantize.py measures thresholds, on its --data")

@@ -15,23 +15,21 @@ important: here it can go like any other. What their table calls saved compute c
 
 Shapes: B batch, S sequence, H hidden, L layers.
 """
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from console import InputError, pick_device, run
-from flags import Parser, add_machine_flags, whole
+from flags import Parser, whole
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data import collate, encode_all, load_examples
-from disk import check_writable
 from load_weights import save_model
-from opened import open_with_items, whole_or_none
+from opened import add_flags_of_a_new_model, check_new, open_with_items, whole_or_none
 from quantized import is_quantized
 from recalibrate import recalibrate
 from savings import count_macs
@@ -92,19 +90,14 @@ def parse_args(argv):
     add("--model", required=True, help="folder, a run's --out, or hub id")
     add("--data", required=True, help="what influence is measured on, and thresholds: arithmetic (thresholds on its "
         "calibration problems), or a .jsonl, .parquet or .txt file")
-    add("--limit", type=whole(0), default=64, help="the first N examples of it; 0: all")
-    add("--seq-len", type=whole(2), default=512, help="longer examples are left out, plain text is cut")
     add("--blocks", type=whole(1), required=True, metavar="N", help="how many to remove")
-    add("--out", required=True, help="the folder to write, which must not exist")
-    add_machine_flags(p)
+    add_flags_of_a_new_model(p)
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if os.path.lexists(args.out or "."):                         # a link that leads nowhere is there, too
-        raise InputError(f"--out {args.out} exists: give the name of a new folder")
-    check_writable(Path(args.out).parent)
+    check_new(args.out)
     device, dtype = pick_device(args.device, args.dtype)
     examples = load_examples(args.data, "train", args.limit or None)
     model, tokenizer, items, _ = open_with_items(args.model, examples, args.limit, args.seq_len, device, dtype)
