@@ -13,8 +13,7 @@ import study
 from test_table5 import small
 
 
-@pytest.mark.parametrize("name, layers", [("4 layers", 4), ("8 layers", 2)])     # 8: the toy in its place
-def test_a_size_is_made_tuned_and_measured(small, monkeypatch, name, layers):
+def test_a_size_is_made_tuned_and_measured(small, monkeypatch):
     """A model of another size, gates where there should be none, folders that stay."""
     monkeypatch.setattr(larger.frontier, "STEPS", 3)
     monkeypatch.setattr(larger.frontier, "SCRATCH", [*larger.frontier.SCRATCH[:2], *words(
@@ -22,11 +21,11 @@ def test_a_size_is_made_tuned_and_measured(small, monkeypatch, name, layers):
     made, sweep = [], larger.testbed.sweep
     monkeypatch.setattr(larger.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
                         or sweep(folder, *args))
-    entry = larger.one(name, 1, 1)
-    assert [(c.num_hidden_layers, bool(c.gateskip)) for c in made] == [(layers, True), (layers, False)]
-    assert [r["row"] for r in entry["rows"]] == [name, name, f"{name}, dense"]
+    entry = larger.one("4 layers", 1, 1)
+    assert [(c.num_hidden_layers, bool(c.gateskip)) for c in made] == [(4, True), (4, False)]
+    assert [r["row"] for r in entry["rows"]] == ["4 layers", "4 layers", "4 layers, dense"]
     stays = [path.name for path in study.WORK.iterdir() if path.is_dir()]
-    assert stays == ["4-layers-from-scratch-s1"][:layers == 4]
+    assert stays == ["4-layers-from-scratch-s1"]
 
 
 def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):
@@ -42,3 +41,17 @@ def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):
     accuracy, left = capsys.readouterr().out.split("\n\n")[1:]
     assert "| 4 layers, dense | 2 | 65.0±21.2 | - |" in accuracy
     assert "| 4 layers | 2 | 100.0±0.0 |" in left and "| 75.0±35.4 | - |" in left          # at 40 and 50%
+
+
+def test_the_embedded_model_is_that_of_the_ablations(small, capsys):
+    """A seed without its dense model, another row of the same training, or another training."""
+    row = lambda name, accuracy: {"row": name, "macs_saved": 0.0, "skipped": 0.0, "accuracy": accuracy,
+                                  "answer": {"macs_saved": 0.0}}
+    for name, seed, accuracy in ((larger.OURS, 1, 0.6), ("dense", 1, 0.8), (larger.OURS, 2, 0.1), ("ours", 1, 0.2),
+                                 ("dense", 3, 0.3)):
+        study.keep(larger.table5_ablations.FILE, {"model": name, "seed": seed,
+                                                  "rows": [row(name, accuracy), row(f"{name}, random", 0.0)]})
+    larger.main(["--from-results"])
+    accuracy, left = capsys.readouterr().out.split("\n\n")[1:]
+    assert "| 8 layers, dense | 1 | 80.0 | - |" in accuracy and "| 8 layers | 1 | 60.0 | - |" in accuracy
+    assert "| 8 layers | 1 | 75.0 | - |" in left
