@@ -76,7 +76,9 @@ def told(error):
     return f"{named}{error.strerror}: {error.filename}"
 
 
-def _terminated(*_):
+def _terminated(process):
+    if os.getpid() != process:                                   # forked by a library, whose pool ends so
+        os._exit(143)
     raise Terminated
 
 
@@ -91,7 +93,7 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
         stream.reconfigure(errors="replace")
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:    # as under nohup
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, lambda *_, mine=os.getpid(): _terminated(mine))
     try:
         try:
             status = main()
@@ -117,10 +119,8 @@ def run(main, interrupted="", out_of_memory="make the batch smaller"):
 
 
 # A command of ours is starting, and has imported nothing else yet: Ctrl-C has nothing to save before run() takes over.
-_commands = [Path(__file__).with_name(f"{name}.py").resolve() for name in
-             ("by_hand", "train", "generate", "data", "own_text", "eval_gsm8k", "bench", "bench_peer")]
-for _room in ("paper", "interop"):
-    _commands += Path(__file__).resolve().parent.glob(f"{_room}/*.py")
+_here, _names = Path(__file__).resolve().parent, "by_hand train generate data own_text eval_gsm8k bench bench_peer"
+_commands = [*(_here / f"{name}.py" for name in _names.split()), *_here.glob("paper/*.py"), *_here.glob("interop/*.py")]
 if (Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve() in _commands
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))

@@ -1,5 +1,6 @@
 """Tests of console.py: flags and their types, the device, errors in one line, and how a command ends."""
 import importlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -219,6 +220,15 @@ def test_sigterm_is_as_ctrl_c(capsys):
         finally:
             unwound.append(True)
     assert ended(main, interrupted="saved") == 143 and unwound and capsys.readouterr().err == "\nsaved\n"
+
+
+def test_a_forked_process_ends_in_silence(capfd):
+    """A data library's pool: each of its workers tells of the SIGTERM that ends it, by a traceback."""
+    def main():
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.map(abs, [-1]) == [1]
+        pool.join()
+    assert ended(main, interrupted="saved") is None and capfd.readouterr().err == ""
 
 
 def test_nohup_stays_in_force():
