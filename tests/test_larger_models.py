@@ -1,8 +1,6 @@
 """Tests of paper/larger_models.py: each size is made and measured with gates and without; what is left of dense."""
 import sys
 
-import pytest
-
 from conftest import complaint
 from load_weights import load_model
 from toy_runs import ROOT, folder, words
