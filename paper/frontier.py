@@ -5,7 +5,8 @@
 
 Gated models and random skipping are those of table5_ablations.py. Smaller models: the tuned one without the blocks that
 turn the hidden states least (shortgpt.py), tuned again; and models of fewer layers or less width, trained from
-scratch as the embedded one was, on as many problems, and then tuned as the dense one is.
+scratch as the embedded one was, on as many problems, and then tuned as the dense one is. And both at once: gates on the
+four layers, as larger_models.py trains them.
 """
 import json
 import shutil
@@ -28,10 +29,10 @@ from branches import picture
 from data import encode_all, load_examples
 from disk import write_figure
 from load_weights import load_model, load_tokenizer, read_json
-from savings import count_macs
+from opened import macs_of_answers
 from sweep import interpolate
 
-FILE, TARGETS = "frontier.json", (0, 10, 20, 30, 40, 50)         # %
+FILE, LARGER, TARGETS = "frontier.json", "larger.json", (0, 10, 20, 30, 40, 50, 60, 70)          # %
 STEPS = 2200                                                     # of the embedded model's own training; the rest of it:
 SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --eval-limit 4".split()
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
@@ -42,6 +43,7 @@ SMALLER = {                                                      # curve -> {mod
 GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
          "a quantile per branch, faster gates":                  # faster: 30 times the backbone's rate
              "ours, per branch, lambda 0.1, K and V dense, gates at 30 times the rate",
+         "one threshold, four layers from scratch": "4 layers",
          "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper, budget to 0.8",
          "the paper's, faster gates": "paper, gates at 30 times the rate",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
@@ -50,20 +52,6 @@ GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V d
 # ---------------------------------------------------------------------------------------------------------------------
 # Smaller models
 # ---------------------------------------------------------------------------------------------------------------------
-
-def macs_of_answers(config, items):
-    """(MACs of the prompts, MACs of the answers generated token by token) of a dense model on items (ids, mask)."""
-    prompts = answers = 0
-    count = lambda length, keys: count_macs(                     # one sequence, logits of its last token
-        config, torch.ones(2 * config.num_hidden_layers, 1, length, dtype=torch.bool),
-        torch.ones(1, length, dtype=torch.bool), keys=keys, logit_rows=1).item()
-    one = [count(1, keys) for keys in range(1 + max(len(ids) for ids, _ in items))]
-    for ids, mask in items:
-        start = mask.index(True)
-        prompts += count(start, start)
-        answers += sum(one[start + 1:len(ids)])                  # the last token is never put in
-    return prompts, answers
-
 
 def without_blocks(blocks, seed):
     """The folder of the tuned model, which is there, without so many blocks."""
@@ -119,6 +107,15 @@ def one(name, seed, threads):
 # ---------------------------------------------------------------------------------------------------------------------
 # The picture
 # ---------------------------------------------------------------------------------------------------------------------
+
+def on_smaller(smaller):
+    """Entries of larger_models.py, gates on a smaller model: savings are of the embedded one's work, not its own."""
+    sizes = {row["row"]: row for e in smaller for row in e["rows"]}
+    both = lambda row, size: {"macs_saved": 1 - (1 - row["macs_saved"]) * (1 - size["macs_saved"])}
+    return [{**e, "rows": [{**row, **both(row, size), "answer": both(row["answer"], size["answer"])}
+                           for row in e["rows"]]}
+            for e in study.entries(LARGER) if (size := sizes.get(e["model"]))]
+
 
 def curves(gated, smaller, of):
     """{label: {saved %: accuracies %, one per seed}}: gated models at exactly TARGETS and as far as every seed goes,
@@ -185,7 +182,8 @@ def main(argv=None):
         tuned = [(table5_ablations.TUNED, seed) for name, seed in wanted
                  if (name, seed) not in done and name in SMALLER["blocks removed, tuned again"]]
         study.study(FILE, [tuned, wanted], one, args.jobs)
-    gated, smaller = study.entries(table5_ablations.FILE), study.entries(FILE)
+    smaller = study.entries(FILE)
+    gated = study.entries(table5_ablations.FILE) + on_smaller(smaller)
     if not gated and not smaller:
         raise InputError(f"{study.RESULTS} holds no results yet: leave out --from-results")
     for part, of in PARTS.items():

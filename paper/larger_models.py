@@ -22,7 +22,7 @@ import table5_ablations
 import testbed
 from table5_ablations import TARGETS, curve, models, table
 
-FILE, OURS = "larger.json", "ours, lambda 0.1, K and V dense"
+FILE, OURS = frontier.LARGER, "ours, lambda 0.1, K and V dense"
 RECIPE = models()[OURS].stages[0]
 SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6)}
 EMBEDDED = "8 layers"

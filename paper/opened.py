@@ -108,3 +108,17 @@ def dense_macs(config, items):
         keep = valid.expand(2 * config.num_hidden_layers, *valid.shape)          # (2L, B, S)
         total += count_macs(config, keep, valid, keys=valid.shape[1], logit_rows=loss_mask[:, 1:].sum()).item()
     return total
+
+
+def macs_of_answers(config, items):
+    """(MACs of the prompts, MACs of the answers generated token by token) of a dense model on items (ids, mask)."""
+    prompts = answers = 0
+    count = lambda length, keys: count_macs(                     # one sequence, logits of its last token
+        config, torch.ones(2 * config.num_hidden_layers, 1, length, dtype=torch.bool),
+        torch.ones(1, length, dtype=torch.bool), keys=keys, logit_rows=1).item()
+    one = [count(1, keys) for keys in range(1 + max(len(ids) for ids, _ in items))]
+    for ids, mask in items:
+        start = mask.index(True)
+        prompts += count(start, start)
+        answers += sum(one[start + 1:len(ids)])                  # the last token is never put in
+    return prompts, answers

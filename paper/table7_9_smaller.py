@@ -27,8 +27,8 @@ import table1_baselines
 import table5_ablations
 import testbed
 from data import encode_all, load_examples
-from frontier import macs_of_answers
 from load_weights import load_model, load_tokenizer
+from opened import macs_of_answers
 from quantized import memory_of, quantize
 from recalibrate import recalibrate
 from thresholds import make_policy

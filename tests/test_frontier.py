@@ -79,6 +79,16 @@ def test_curves_keep_seeds_apart(small, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG" and "26.0: 65.0±7.1 (2)" in capsys.readouterr().out
 
 
+def test_gates_on_a_smaller_model_save_on_top(small):
+    """By hand: half of what is left of a half is three quarters; all tokens for generated ones, another size's savings, one of unknown size."""
+    smaller = [entry(name, 1, [(saved, 1.0)]) for name, saved in (("4 layers", 0.5), ("6 layers", 0.25))]
+    for name, points in (("4 layers", [(0.0, 0.9), (0.5, 0.8)]), ("5 layers", [(0.0, 0.9)])):
+        study.keep(frontier.LARGER, entry(name, 1, points))
+    found, = frontier.on_smaller(smaller)
+    assert [(r["macs_saved"], r["answer"]["macs_saved"], r["accuracy"]) for r in found["rows"]] == [
+        (0.25, 0.5, 0.9), (0.4375, 0.75, 0.8)]
+
+
 def test_nothing_to_draw_is_said(small):
     """An empty picture."""
     assert "leave out --from-results" in complaint(lambda: frontier.main(["--from-results"]))
