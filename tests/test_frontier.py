@@ -80,7 +80,7 @@ def test_curves_keep_seeds_apart(small, capsys):
 
 
 def test_gates_on_a_smaller_model_save_on_top(small):
-    """By hand: half of what is left of a half is three quarters; all tokens for generated ones, another size's savings, one of unknown size."""
+    """By hand: half of what is left of a half is three quarters; another size's savings, one of unknown size."""
     smaller = [entry(name, 1, [(saved, 1.0)]) for name, saved in (("4 layers", 0.5), ("6 layers", 0.25))]
     for name, points in (("4 layers", [(0.0, 0.9), (0.5, 0.8)]), ("5 layers", [(0.0, 0.9)])):
         study.keep(frontier.LARGER, entry(name, 1, points))
