@@ -48,7 +48,9 @@ def add_flags_of_a_new_model(p):
 
 def check_new(out):
     """InputError unless a folder of this name can be made."""
-    if os.path.lexists(out or "."):                              # a link that leads nowhere is there, too
+    if not out:
+        raise InputError("--out is empty: name a folder")
+    if os.path.lexists(out):                                     # a link that leads nowhere is there, too
         raise InputError(f"--out {out} exists: give the name of a new folder")
     check_writable(Path(out).parent)
 

@@ -64,6 +64,7 @@ def test_what_cannot_be_calibrated_is_refused(models, tmp_path):
                        "is quantised: quantize.py measures": dict(model=tmp_path / "nf4"),
                        "is not calibrated: name --budgets below 1": dict(budgets=1.0),
                        "--budgets: budget 2.0 is outside": dict(budgets=2),
+                       "--out is empty: name": dict(out=""),
                        f"--out {tmp_path} exists": dict(out=tmp_path)}.items():
         assert why in complaint(command, **dict(model=models["gated"], out=tmp_path / "new") | flags)
         assert not (tmp_path / "new").exists()
