@@ -143,6 +143,8 @@ def plot(gated, smaller, path):
     if plt is None:
         return
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex="col", sharey="row", layout="constrained")
+    for axis in axes.flat:
+        axis.set_prop_cycle(color=[*plt.get_cmap("tab10").colors, "black"])      # one for each curve
     for (above, below), (part, of) in zip(axes.T, PARTS.items()):
         for label, points in curves(gated, smaller, of).items():
             y = [torch.tensor(seeds) for seeds in points.values()]
