@@ -81,11 +81,12 @@ def main(argv=None):
         raise InputError(f"--model {args.model} is quantised: quantize.py measures thresholds, on its --data")
     examples = load_examples(args.data, "calibration", args.limit or None)
     model, tokenizer, items, _ = open_with_items(args.model, examples, args.limit, args.seq_len, device, dtype)
+    if model.config.gate is None:
+        raise InputError(f"--model {args.model} has no gates: train some with train.py")
     stored = model.config.gateskip
-    budgets = sorted({*map(str, args.budgets or map(float, stored.get("thresholds", ())))} - {"1.0"})
-    if model.config.gate is None or not budgets:
-        raise InputError(f"--model {args.model} has no gates: train some with train.py" if model.config.gate is None
-                         else f"--model {args.model} is not calibrated: name --budgets below 1")
+    budgets = {*map(float, args.budgets or stored.get("thresholds", ()))} - {1.0}
+    if not budgets:
+        raise InputError(f"--model {args.model} is not calibrated: name --budgets below 1")
     model.config.gateskip = {"skip": "all", "kv": "copy_up"} | stored | {"thresholds": dict.fromkeys(budgets)}
     recalibrate(model, items)
     with whole_or_none(args.out):
