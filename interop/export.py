@@ -73,6 +73,7 @@ def tokenizer_config(model, tokenizer):
         stored = {name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
     if stored.get("tokenizer_class") in (None, "TokenizersBackend"):             # its name in transformers 5
         stored["tokenizer_class"] = "PreTrainedTokenizerFast"
+    stored.setdefault("model_input_names", ["input_ids", "attention_mask"])      # older ones add token_type_ids
     return json.dumps(stored, indent=2).encode()
 
 

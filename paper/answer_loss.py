@@ -1,7 +1,7 @@
 """Answer loss, or perplexity of plain text, against compute saved: several models in one table and one picture.
 
-    python paper/answer_loss.py --model runs/smol --model runs/smol-27 --reference runs/dense --data test.jsonl \\
-        --policies frozen random --at 0 10 20 30 40 --out runs/smol.json --plot runs/smol.png
+    python paper/answer_loss.py --model runs/gated --model runs/dense-3 --reference runs/dense --data arithmetic \\
+        --policies frozen random --at 0 10 20 30 40 --out runs/loss.json --plot runs/loss.png
 
 Answers are given and not generated, in the batches of the table at the end of train.py. Beside the three numbers stands
 what is saved of the dense --reference on the same tokens: a model without some of its blocks shows there what that

@@ -1,6 +1,6 @@
 """Wall time per generated token of a single stream, over budget 1.0, over the dense model and over transformers.
 
-    python paper/decode_time.py --model runs/smol --data test.jsonl --peer transformers --out runs/time.json
+    python paper/decode_time.py --model runs/smollm2 --data test.jsonl --peer transformers --out runs/time.json
 
 Each question is answered alone, greedily, with a KV cache and the run's frozen thresholds. The budget for each share of
 MACs saved in generated tokens (gates paid) is found first, on these prompts. Then all settings take turns at each

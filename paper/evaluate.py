@@ -1,7 +1,7 @@
 """The paper's benchmarks on a model, at several budgets: scores, standard errors, and what was skipped for them.
 
-    python paper/evaluate.py --model runs/smol --tasks piqa lambada --budgets 1.0 0.8 0.6 --limit 500 --data qa \\
-        --out runs/smol-eval.json
+    python paper/evaluate.py --model runs/smollm2 --tasks piqa lambada --budgets 1.0 0.8 0.6 --limit 500 --data qa \\
+        --out runs/tasks.json
 
 Tasks are defined in tasks.py, their rows read by task_rows.py and scored by task_scores.py; task_table.py has what is
 printed. Results are written as they come, with the score of every question, and the same command goes on where it was

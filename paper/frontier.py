@@ -37,8 +37,8 @@ STEPS = 2200                                                     # of the embedd
 SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --eval-limit 4".split()
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
     "blocks removed, tuned again": {f"{n} blocks removed": n for n in (0, 1, 2, 3, 4)},
-    "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 5, 4)},
-    "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 88, 72)},
+    "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 4)},
+    "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 72)},
 }
 GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
          "a quantile per branch, faster gates":                  # faster: 30 times the backbone's rate

@@ -1,7 +1,7 @@
 """LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710): any prefix of the blocks learns to predict; then all tokens exit
 after block E, or the blocks below E draft and those above verify.
 
-    python paper/layerskip.py --model runs/layerskip --exit 3 --gammas 2 4 6 --data arithmetic --limit 20
+    python paper/layerskip.py --model runs/study/LayerSkip-s4 --exit 4 --gammas 2 4 6 --data arithmetic --limit 20
 
 Training: samples pass whole blocks by, the upper ones more often (layer dropout), and several states are predicted from
 through the one final norm and head (early-exit loss); a curriculum says which. Self-speculation: the draft's K and V,

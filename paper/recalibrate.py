@@ -1,6 +1,6 @@
 """The frozen thresholds of a model, measured anew: on other weights than training left, or on texts of another kind.
 
-    python paper/recalibrate.py --model runs/gated --data texts.jsonl --budgets 0.8 0.6 0.4 --out runs/gated-texts
+    python paper/recalibrate.py --model runs/smollm2 --data texts.jsonl --budgets 0.8 0.6 --out runs/smollm2-texts
 
 A threshold is a quantile of scores, and scores are made from states that quantised weights or missing blocks change.
 And of tokens: what skips a fifth of the work in long texts may skip next to none in short questions.

@@ -81,6 +81,9 @@ def test_the_folder(tmp_path, capsys):
         assert torch.equal(again(tokens(2, 13))[0], ours(tokens(2, 13))[0])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("w1", "w7", "w7")
+    inputs = tokenizer("w2 w3", return_tensors="pt")             # as they go into generate, which refuses others
+    assert sorted(inputs) == ["attention_mask", "input_ids"]
+    opened(tmp_path / "out").generate(**inputs, max_new_tokens=2)
     # an export gives way to the next, and may be exported itself
     assert write("--model", tmp_path / "out", "--out", tmp_path / "out", "--budget", "0.7") == 0
     assert opened(tmp_path / "out").config.gateskip["budget"] == 0.7
