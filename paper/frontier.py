@@ -5,8 +5,8 @@
 
 Gated models and random skipping are those of table5_ablations.py. Smaller models: the tuned one without the blocks that
 turn the hidden states least (shortgpt.py), tuned again; and models of fewer layers or less width, trained from
-scratch as the embedded one was, on as many problems, and then tuned as the dense one is. And both at once: gates on the
-four layers, as larger_models.py trains them.
+scratch as the embedded one was, on as many problems, and then tuned as the dense one is. And both at once: gates on two
+of these, as larger_models.py trains them.
 """
 import json
 import shutil
@@ -38,12 +38,12 @@ SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --ev
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
     "blocks removed, tuned again": {f"{n} blocks removed": n for n in (0, 1, 2, 3, 4)},
     "fewer layers, from scratch": {f"{n} layers": dict(num_hidden_layers=n) for n in (6, 4)},
-    "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 72)},
+    "narrower, from scratch": {f"width {h}": dict(hidden_size=h, intermediate_size=3 * h) for h in (104, 72, 48)},
 }
 GATED = {"one threshold, K and V computed, λ 0.1": "ours, lambda 0.1, K and V dense",
          "a quantile per branch, faster gates":                  # faster: 30 times the backbone's rate
              "ours, per branch, lambda 0.1, K and V dense, gates at 30 times the rate",
-         "one threshold, four layers from scratch": "4 layers",
+         "one threshold, four layers from scratch": "4 layers", "one threshold, width 72 from scratch": "width 72",
          "one threshold, K and V copied, λ 1": "ours", "the paper's recipe": "paper, budget to 0.8",
          "the paper's, faster gates": "paper, gates at 30 times the rate",
          "random, dense model": "dense, random", "random, trained with it": "dense, trained with random skipping"}
@@ -144,7 +144,7 @@ def plot(gated, smaller, path):
         return
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharex="col", sharey="row", layout="constrained")
     for axis in axes.flat:
-        axis.set_prop_cycle(color=[*plt.get_cmap("tab10").colors, "black"])      # one for each curve
+        axis.set_prop_cycle(color=[*plt.get_cmap("tab10").colors, "black", "navy"])      # one for each curve
     for (above, below), (part, of) in zip(axes.T, PARTS.items()):
         for label, points in curves(gated, smaller, of).items():
             y = [torch.tensor(seeds) for seeds in points.values()]

@@ -1,9 +1,9 @@
-"""Do larger models gain more from gates? The embedded model at three depths, with gates and without, over seeds.
+"""Do larger models gain more from gates? The embedded model at three depths and a width, over seeds.
 
     python paper/larger_models.py --jobs 2                       # all that paper/results/larger.json lacks yet
     python paper/larger_models.py --from-results                 # the tables again, without training
 
-The shallower ones are those that frontier.py trains from scratch; then each is tuned twice, dense and by our recipe. Of
+The smaller ones are those that frontier.py trains from scratch; then each is tuned twice, dense and by our recipe. Of
 8 layers are the embedded model's own runs, which table5_ablations.py keeps. Savings are of each model's own dense work:
 the second table asks what gates cost a model of that size.
 """
@@ -24,7 +24,8 @@ from table5_ablations import TARGETS, curve, models, table
 
 FILE, OURS = frontier.LARGER, "ours, lambda 0.1, K and V dense"
 RECIPE = models()[OURS].stages[0]
-SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6)}
+SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6),
+         "width 72": dict(hidden_size=72, intermediate_size=216)}             # of 128: all 8 layers
 EMBEDDED = "8 layers"
 
 
@@ -65,7 +66,7 @@ def of_dense(runs):
 
 
 def main(argv=None):
-    p = Parser("Gates on models of three sizes: what they cost at the same share of MACs saved.")
+    p = Parser("Gates on models of several sizes: what they cost at the same share of MACs saved.")
     p.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="to train (default: all)")
     p.add_argument("--seeds", type=seed_number, nargs="+", default=[1, 2, 3], help="of the trainings")
     p.add_argument("--jobs", type=whole(1), default=1, help="models at a time; they share torch's threads")

@@ -1,6 +1,8 @@
 """Tests of paper/larger_models.py: each size is made and measured with gates and without; what is left of dense."""
 import sys
 
+import pytest
+
 from conftest import complaint
 from load_weights import load_model
 from toy_runs import ROOT, folder, words
@@ -11,7 +13,8 @@ import study
 from test_table5 import small
 
 
-def test_a_size_is_made_tuned_and_measured(small, monkeypatch):
+@pytest.mark.parametrize("name, key, size", [("4 layers", "num_hidden_layers", 4), ("width 72", "hidden_size", 72)])
+def test_a_size_is_made_tuned_and_measured(small, monkeypatch, name, key, size):
     """A model of another size, gates where there should be none, folders that stay."""
     monkeypatch.setattr(larger.frontier, "STEPS", 3)
     monkeypatch.setattr(larger.frontier, "SCRATCH", [*larger.frontier.SCRATCH[:2], *words(
@@ -19,11 +22,11 @@ def test_a_size_is_made_tuned_and_measured(small, monkeypatch):
     made, sweep = [], larger.testbed.sweep
     monkeypatch.setattr(larger.testbed, "sweep", lambda folder, *args: made.append(load_model(folder).config)
                         or sweep(folder, *args))
-    entry = larger.one("4 layers", 1, 1)
-    assert [(c.num_hidden_layers, bool(c.gateskip)) for c in made] == [(4, True), (4, False)]
-    assert [r["row"] for r in entry["rows"]] == ["4 layers", "4 layers", "4 layers, dense"]
+    entry = larger.one(name, 1, 1)
+    assert [(getattr(c, key), bool(c.gateskip)) for c in made] == [(size, True), (size, False)]
+    assert [r["row"] for r in entry["rows"]] == [name, name, f"{name}, dense"]
     stays = [path.name for path in study.WORK.iterdir() if path.is_dir()]
-    assert stays == ["4-layers-from-scratch-s1"]
+    assert stays == [f"{name.replace(' ', '-')}-from-scratch-s1"]
 
 
 def test_what_is_left_is_of_the_same_size_and_seed(small, capsys):
