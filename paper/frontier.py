@@ -32,7 +32,7 @@ from load_weights import load_model, load_tokenizer, read_json
 from opened import macs_of_answers
 from sweep import interpolate
 
-FILE, LARGER, TARGETS = "frontier.json", "larger.json", (0, 10, 20, 30, 40, 50, 60, 70)          # %
+FILE, LARGER, TARGETS = "frontier.json", "larger.json", (0, 10, 20, 30, 40, 50, 60, 70, 75, 80)     # %
 STEPS = 2200                                                     # of the embedded model's own training; the rest of it:
 SCRATCH = "--gate none --batch-size 32 --seq-len 160 --lr 2e-3 --warmup 200 --eval-limit 4".split()
 SMALLER = {                                                      # curve -> {model: blocks to remove, or sizes}
