@@ -24,8 +24,8 @@ from table5_ablations import TARGETS, curve, models, table
 
 FILE, OURS = frontier.LARGER, "ours, lambda 0.1, K and V dense"
 RECIPE = models()[OURS].stages[0]
-SIZES = {"4 layers": dict(num_hidden_layers=4), "6 layers": dict(num_hidden_layers=6),
-         "width 72": dict(hidden_size=72, intermediate_size=216)}             # of 128: all 8 layers
+SIZES = {name: next(sizes[name] for sizes in frontier.SMALLER.values() if name in sizes)
+         for name in ("4 layers", "6 layers", "width 72")}
 EMBEDDED = "8 layers"
 
 

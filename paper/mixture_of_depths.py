@@ -9,7 +9,7 @@ The k highest look ahead, so a causal substitute decides at inference, by a thre
 "predictor"  a small MLP on a detached h is taught by cross-entropy who is in T; the backbone feels nothing of it
 "router"     r itself is taught that by the same loss; a token runs where r > 0
 
-The original (its abstract; the rest not looked up again) trains from scratch with r itself as the factor, C = 12.5 %
+The original (its abstract; the rest from memory) trains from scratch with r itself as the factor, C = 12.5 %
 and a router in every other block. On a pretrained model sigmoid(r), open at first, begins near the dense one, and every
 block is routed here, as in the GateSkip authors' code, where C falls to 0.8. It computes K and V for all tokens (--kv
 dense). In training it multiplies the residual too, h' = sigmoid(r) (h + f), and nothing at evaluation:

@@ -6,7 +6,7 @@
 No ranking, so it is causal. An auxiliary loss pins the density: mean over branches of (mean over tokens of z_1 - d)^2,
 with lambda 0.1 and d the budget b_t of train.py. K and V of who bypasses attention are computed: others attend to it.
 
-The idea is from the paper's abstract, the loss from the GateSkip authors' code, the rest was not looked up again,
+The idea is from the paper's abstract, the loss from the GateSkip authors' code, the rest from memory of the paper,
 which trains from scratch. On a pretrained model the router begins nearly open, softmax([0, 5])_1 = 0.993: two even
 logits would drop half of it. The GateSkip authors' code begins even and aims at density 1. It scales what runs by
 softmax(a)_1 at evaluation, and for what bypasses it returns softmax(a)_0 times the branch's normalised input, which is
